@@ -1,0 +1,511 @@
+"""Slot Attention in PyTorch, exact to the official TensorFlow code.
+
+"Object-Centric Learning with Slot Attention", Locatello et al., NeurIPS 2020, https://arxiv.org/abs/2006.15055.
+Section, equation and algorithm numbers below are those of the paper. Shapes are written in its symbols:
+
+    B  images in a batch        N  input features (pixels of the encoder's map)    D  slot size
+    K  slots                    T  iterations of attention                        H, W  image size (h, w: a feature map's)
+
+Contents: layers, SlotAttention (Algorithm 1), the two models of section 3, losses and metrics, the official weights.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers as Keras has them. PyTorch's defaults differ in padding, initialisation and epsilon: the usual way for a port
+# to be silently wrong.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Conv2dSame(nn.Conv2d):
+    """Conv2d with TensorFlow's "SAME" padding: the output has ceil(size / stride) rows and columns. At stride 2 the odd
+    pixel of padding goes below and to the right. [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]."""
+
+    def forward(self, x):
+        pads = []
+        for size, k, s in zip(x.shape[-2:], self.kernel_size, self.stride):
+            total = max((math.ceil(size / s) - 1) * s + k - size, 0)
+            pads.append((total // 2, total - total // 2))
+        (top, bottom), (left, right) = pads
+        if (top, left) != (bottom, right):
+            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+        return F.conv2d(x, self.weight, self.bias, self.stride, (top, left))
+
+
+class ConvTranspose2dSame(nn.ConvTranspose2d):
+    """ConvTranspose2d aligned as in TensorFlow "SAME": [B, C_in, H, W] -> [B, C_out, stride * H, stride * W].
+    PyTorch's usual `padding=2, output_padding=1` (5x5, stride 2) gives the same map shifted by one pixel."""
+
+    def forward(self, x):
+        (h, w), k, s = x.shape[-2:], self.kernel_size[0], self.stride[0]
+        x = F.conv_transpose2d(x, self.weight, self.bias, s, padding=(k - s) // 2)
+        return x[:, :, :h * s, :w * s]
+
+
+class SoftPositionEmbed(nn.Module):
+    """Adds a learned linear map of each position's distances to the four borders (appendix E.2, "Position embedding").
+
+    x [B, h, w, C] -> [B, h, w, C]"""
+
+    def __init__(self, hidden_size, resolution):
+        super().__init__()
+        self.dense = nn.Linear(4, hidden_size)
+        self.register_buffer("grid", build_grid(resolution), persistent=False)
+
+    def forward(self, x):
+        return x + self.dense(self.grid).to(x.dtype)
+
+
+def build_grid(resolution):
+    """(h, w) -> [1, h, w, 4]: row, column, 1 - row, 1 - column, each from 0 to 1 inclusive."""
+    rows, cols = torch.meshgrid(*(torch.linspace(0, 1, size) for size in resolution), indexing="ij")
+    grid = torch.stack([rows, cols], dim=-1)
+    return torch.cat([grid, 1 - grid], dim=-1)[None]
+
+
+def layer_norm(dim):
+    return nn.LayerNorm(dim, eps=1e-3)  # Keras' epsilon
+
+
+def mlp(dim_in, dim_hidden, dim_out):
+    return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.ReLU(), nn.Linear(dim_hidden, dim_out))
+
+
+def keras_init(module):
+    """Keras' default initialisation, for `Module.apply`: kernels Glorot-uniform, recurrent kernels orthogonal, biases 0.
+    """
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.GRUCell):
+        nn.init.xavier_uniform_(module.weight_ih)  # over the three gates as one matrix
+        nn.init.orthogonal_(module.weight_hh)
+        nn.init.zeros_(module.bias_ih)
+        nn.init.zeros_(module.bias_hh)
+    elif isinstance(module, SlotAttention):
+        limit = math.sqrt(6 / (1 + module.dim))  # Glorot of a [1, 1, D] variable, with Keras' fans 1 and D
+        nn.init.uniform_(module.slots_mu, -limit, limit)
+        nn.init.uniform_(module.slots_log_sigma, -limit, limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Slot Attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SlotAttention(nn.Module):
+    """The Slot Attention module (section 2.1, Algorithm 1). No parameter depends on K or T: both can change at call time.
+
+    num_slots: K. dim: D, the size of a slot. num_iterations: T. inputs_dim: the inputs' size, D if not given.
+    implicit: the one-step gradient (Chang, Griffiths, Levine, 2022). Iterates T times without gradient to a near fixed
+        point, then once more with it: T + 1 iterations, the memory of one. The initial slots get the gradient of that last
+        step's input unchanged (straight through), so that mu and sigma still learn.
+    """
+
+    def __init__(self, num_slots, dim, num_iterations=3, mlp_hidden_size=128, inputs_dim=None, eps=1e-8, implicit=False):
+        super().__init__()
+        self.num_slots, self.dim, self.num_iterations = num_slots, dim, num_iterations
+        self.eps, self.implicit = eps, implicit
+        inputs_dim = inputs_dim or dim
+
+        self.norm_inputs = layer_norm(inputs_dim)
+        self.norm_slots = layer_norm(dim)
+        self.norm_mlp = layer_norm(dim)
+
+        self.slots_mu = nn.Parameter(torch.empty(1, 1, dim))  # shared by all slots
+        self.slots_log_sigma = nn.Parameter(torch.empty(1, 1, dim))
+
+        self.project_q = nn.Linear(dim, dim, bias=False)
+        self.project_k = nn.Linear(inputs_dim, dim, bias=False)
+        self.project_v = nn.Linear(inputs_dim, dim, bias=False)
+
+        self.gru = nn.GRUCell(dim, dim)
+        self.mlp = mlp(dim, mlp_hidden_size, dim)
+        self.apply(keras_init)
+
+    def init_slots(self, noise):
+        """Standard normal noise [B, K, D] -> initial slots [B, K, D] ~ N(mu, sigma)."""
+        return self.slots_mu + self.slots_log_sigma.exp() * noise
+
+    def iterate(self, slots, k, v):
+        """One iteration of Algorithm 1 (lines 5 to 10): slots [B, K, D], k and v [B, N, D] -> slots, attn [B, K, N]."""
+        slots_prev = slots
+        q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5         # [B, K, D]
+
+        attn = (q @ k.transpose(1, 2)).softmax(dim=1)                         # [B, K, N]; eq. 1: slots compete
+        weights = attn + self.eps
+        weights = weights / weights.sum(dim=2, keepdim=True)                  # eq. 2: weighted mean over the inputs
+        updates = weights @ v                                                 # [B, K, D]
+
+        slots = self.gru(updates.flatten(0, 1), slots_prev.flatten(0, 1)).view_as(slots_prev)
+        slots = slots + self.mlp(self.norm_mlp(slots))                        # [B, K, D]
+        return slots, attn
+
+    def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):
+        """inputs [B, N, D_in], and to start from given slots: slots [B, K, D].
+        -> slots [B, K, D] and the attention of every iteration, attn [B, T, K, N] (T + 1 with `implicit`): the softmax
+        over the slots, before it is normalised over the inputs."""
+        inputs = self.norm_inputs(inputs)                                     # [B, N, D_in]
+        k, v = self.project_k(inputs), self.project_v(inputs)                 # [B, N, D]
+        if slots is None:
+            slots = self.init_slots(torch.randn(len(k), num_slots or self.num_slots, self.dim, device=k.device))
+        num_iterations = self.num_iterations if num_iterations is None else num_iterations
+
+        attns = []
+        with torch.autocast(k.device.type, enabled=False):                    # small and sensitive: keep its precision
+            k, v = k.to(slots.dtype), v.to(slots.dtype)
+            if self.implicit:
+                init = slots
+                with torch.no_grad():
+                    for _ in range(num_iterations):
+                        slots, attn = self.iterate(slots, k, v)
+                        attns.append(attn)
+                slots = slots + (init - init.detach())
+                num_iterations = 1
+            for _ in range(num_iterations):
+                slots, attn = self.iterate(slots, k, v)
+                attns.append(attn)
+        return slots, torch.stack(attns, dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models of section 3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """CNN, position embedding, LayerNorm, MLP (appendix E.2 and E.3): image [B, 3, H, W] -> features [B, N, C], N = h * w.
+
+    strides: one 5x5 convolution each. `resolution` is that of the output, (h, w)."""
+
+    def __init__(self, resolution, channels, strides, dim_out):
+        super().__init__()
+        self.resolution = tuple(resolution)
+        for stride in strides:
+            self.resolution = tuple(math.ceil(size / stride) for size in self.resolution)
+        layers, dim_in = [], 3
+        for stride in strides:
+            layers += [Conv2dSame(dim_in, channels, 5, stride), nn.ReLU()]
+            dim_in = channels
+        self.cnn = nn.Sequential(*layers)
+        self.pos = SoftPositionEmbed(channels, self.resolution)
+        self.layer_norm = layer_norm(channels)
+        self.mlp = mlp(channels, dim_out, dim_out)
+
+    def forward(self, image):
+        x = self.cnn(image)                                                   # [B, C, h, w]
+        x = self.pos(x.permute(0, 2, 3, 1))                                   # [B, h, w, C]
+        return self.mlp(self.layer_norm(x.flatten(1, 2)))                     # [B, N, C]
+
+
+class Decoder(nn.Module):
+    """Spatial broadcast decoder (appendix E.3): each slot alone is copied to every cell of a grid, gets a position
+    embedding, and is decoded to an RGB picture and a mask logit: slots [M, D] -> [M, 4, H, W].
+
+    strides: one transposed convolution each, then a 3x3 one to the 4 channels. pixel_shuffle r: that last layer runs at
+    1/r of the resolution and makes r x r pixels a cell (not in the paper; fast on CPUs).
+    At stride 1 a transposed convolution is a convolution with the kernel flipped, so that is what stands here."""
+
+    def __init__(self, resolution, dim, channels, strides, kernel_size=5, pixel_shuffle=1):
+        super().__init__()
+        self.resolution = tuple(resolution)
+        scale = math.prod(strides) * pixel_shuffle
+        self.grid_size = tuple(math.ceil(size / scale) for size in resolution)
+        self.pos = SoftPositionEmbed(dim, self.grid_size)
+        layers = []
+        for stride in strides:
+            conv = Conv2dSame if stride == 1 else ConvTranspose2dSame
+            layers += [conv(dim, channels, kernel_size, stride), nn.ReLU()]
+            dim = channels
+        layers.append(Conv2dSame(dim, 4 * pixel_shuffle ** 2, 3))
+        if pixel_shuffle > 1:
+            layers.append(nn.PixelShuffle(pixel_shuffle))
+        self.cnn = nn.Sequential(*layers)
+
+    def forward(self, slots):
+        h, w = self.grid_size
+        first, *rest = self.cnn
+        k = first.kernel_size[0]
+        if first.stride[0] == 1 and min(h, w) >= k:
+            x = self.first_layer(slots)                                       # [M, C, h, w]; the same, less work
+        else:
+            x = slots[:, None, None, :].expand(-1, h, w, -1)                  # [M, h, w, D]
+            x = first(self.pos(x).permute(0, 3, 1, 2))                        # [M, C, h', w']
+        for layer in rest:
+            x = layer(x)
+        return x[:, :, :self.resolution[0], :self.resolution[1]]              # [M, 4, H, W]
+
+    def first_layer(self, slots):
+        """conv(broadcast slot + position embedding), taken apart by linearity. The embedding's part is the same for every
+        slot. The slot's part is constant but for the k // 2 rows and columns that see the zero padding on each side: a
+        k x k map has all of its values, and each is copied to the places where the padding cuts the kernel alike."""
+        (h, w), conv = self.grid_size, self.cnn[0]
+        k = conv.kernel_size[0]
+        x = conv(slots[:, :, None, None].expand(-1, -1, k, k))                # [M, C, k, k]
+        rows, cols = ([min(i, k // 2) + max(i - size + 1 + k // 2, 0) for i in range(size)] for size in (h, w))
+        copy = torch.zeros(h, w, k, k, device=x.device, dtype=x.dtype)
+        copy[torch.arange(h)[:, None], torch.arange(w), torch.tensor(rows)[:, None], torch.tensor(cols)] = 1
+        x = copy.view(h * w, k * k) @ x.permute(0, 2, 3, 1).flatten(1, 2)     # [M, h * w, C]
+        zero = torch.zeros(1, h, w, slots.shape[1], device=x.device, dtype=x.dtype)
+        pos = F.conv2d(self.pos(zero).permute(0, 3, 1, 2), conv.weight, padding=k // 2)  # [1, C, h, w]
+        return x.unflatten(1, (h, w)).permute(0, 3, 1, 2) + pos
+
+
+def check_sizes(**sizes):
+    """Raises ValueError unless every size is a positive whole number, or a tuple of them."""
+    for name, size in sizes.items():
+        if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, tuple) else (size,))):
+            raise ValueError(f"{name} must be positive, in whole numbers; got {size}")
+
+
+class Decomposition(NamedTuple):
+    """What the auto-encoder returns. Pictures in [-1, 1]; masks sum to 1 over the slots."""
+
+    recon_combined: torch.Tensor  # [B, 3, H, W]
+    recons: torch.Tensor          # [B, K, 3, H, W]
+    masks: torch.Tensor           # [B, K, 1, H, W]
+    slots: torch.Tensor           # [B, K, D]
+    attn: torch.Tensor            # [B, T, K, h, w]
+
+
+class SlotAttentionAutoEncoder(nn.Module):
+    """Object discovery (section 3.1): image -> slots -> one picture and mask per slot -> their sum.
+
+    The defaults are the paper's CLEVR6 model (resolution 128; 890,308 parameters with any K). For Multi-dSprites (64) and
+    Tetrominoes (35): encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1).
+    resolution: (H, W), or one number for both. Raises ValueError for sizes that make no model."""
+
+    def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
+                 encoder_channels=64, encoder_strides=(1, 1, 1, 1),
+                 decoder_channels=64, decoder_strides=(2, 2, 2, 2, 1), decoder_kernel=5, pixel_shuffle=1):
+        super().__init__()
+        self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        check_sizes(resolution=self.resolution, num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations)
+        self.encoder = Encoder(self.resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
+        self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit)
+        self.decoder = Decoder(self.resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel, pixel_shuffle)
+        self.apply(keras_init)
+
+    def forward(self, image, slots=None, num_slots=None, num_iterations=None):
+        """image [B, 3, H, W] in [-1, 1]; initial slots [B, K, D], K and T may be given -> Decomposition."""
+        x = self.encoder(image)                                               # [B, N, D]
+        slots, attn = self.slot_attention(x, slots, num_slots, num_iterations)
+        return Decomposition(*self.decode(slots), slots, attn.unflatten(-1, self.encoder.resolution))
+
+    def decode(self, slots):
+        """slots [B, K, D] -> recon_combined [B, 3, H, W], recons [B, K, 3, H, W], masks [B, K, 1, H, W]."""
+        x = self.decoder(slots.flatten(0, 1)).unflatten(0, slots.shape[:2])   # [B, K, 4, H, W]
+        recons, masks = x.to(slots.dtype).split([3, 1], dim=2)
+        masks = masks.softmax(dim=1)                                          # over the slots
+        return (recons * masks).sum(dim=1), recons, masks
+
+
+class SetPrediction(NamedTuple):
+    predictions: torch.Tensor  # [B, K, 19] in [0, 1]
+    slots: torch.Tensor        # [B, K, D]
+    attn: torch.Tensor         # [B, T, K, h, w]
+
+
+class SlotAttentionClassifier(nn.Module):
+    """Set prediction (section 3.2): image -> slots -> the properties of one object per slot.
+
+    The defaults are the paper's CLEVR10 model (resolution 128, K = 10; 380,755 parameters). A prediction is: coordinates
+    (3, as (3d_coords + 3) / 6), size (2), material (2), shape (3), colour (8), real object or padding (1)."""
+
+    def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
+                 encoder_channels=64, encoder_strides=(1, 2, 2, 1), num_outputs=19):
+        super().__init__()
+        self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        check_sizes(resolution=self.resolution, num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations)
+        self.encoder = Encoder(self.resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
+        self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit)
+        self.mlp_classifier = mlp(slot_dim, slot_dim, num_outputs)
+        self.apply(keras_init)
+
+    def forward(self, image, slots=None, num_slots=None, num_iterations=None):
+        """image [B, 3, H, W] in [-1, 1]; initial slots [B, K, D], K and T may be given -> SetPrediction."""
+        x = self.encoder(image)                                               # [B, N, D]
+        slots, attn = self.slot_attention(x, slots, num_slots, num_iterations)
+        predictions = self.mlp_classifier(slots).to(slots.dtype).sigmoid()            # [B, K, 19]
+        return SetPrediction(predictions, slots, attn.unflatten(-1, self.encoder.resolution))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def adjusted_rand_index(true_mask, pred_mask):
+    """Adjusted Rand index of two segmentations (section 3.1), as DeepMind's multi_object_datasets computes it.
+
+    true_mask [B, P, Gt]: one-hot, 0/1 or 0/255; points (pixels) of all zeros are ignored, so drop the background's group
+    for FG-ARI. pred_mask [B, P, Gp]: any scores; a point belongs to the largest. -> [B], 1 = equal, 0 = chance.
+    Where DeepMind's code gives NaN (0/0: at most one object, all in one predicted group; fewer than two points), this
+    gives 1, since the two groupings are equal there."""
+    groups = true_mask.shape[2], pred_mask.shape[2]
+    pairs = true_mask.argmax(dim=2) * groups[1] + pred_mask.argmax(dim=2)                # [B, P]
+    counts = torch.zeros(len(pairs), groups[0] * groups[1], dtype=torch.int64, device=pairs.device)
+    counts.scatter_add_(1, pairs, (true_mask > 0).any(dim=2).long())
+    n_ij = counts.view(-1, *groups)                                                      # [B, Gt, Gp]
+    a, b, n = n_ij.sum(dim=2), n_ij.sum(dim=1), n_ij.sum(dim=(1, 2))
+    index = (n_ij * (n_ij - 1)).sum(dim=(1, 2)).float()
+    a_index, b_index = (a * (a - 1)).sum(dim=1).float(), (b * (b - 1)).sum(dim=1).float()
+    expected = a_index * (b_index / (n * (n - 1)).clamp(min=1))
+    maximum = (a_index + b_index) / 2
+    return torch.where(maximum == expected, 1.0, (index - expected) / (maximum - expected))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Official weights (https://storage.googleapis.com/gresearch/slot-attention/)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_official_weights(model, variables):
+    """Loads the official TensorFlow checkpoint's variables into a SlotAttentionAutoEncoder or SlotAttentionClassifier.
+
+    variables: a mapping from the checkpoint's keys ("network/layer_with_weights-0/slot_attention/slots_mu/.ATTRIBUTES/
+    VARIABLE_VALUE", or only the part "slot_attention/slots_mu") to arrays, or the path to an .npz file of it, or the
+    prefix of a TensorFlow checkpoint ("object_discovery/ckpt-500", for ckpt-500.index and ckpt-500.data-00000-of-00001).
+    Raises ValueError, and leaves the model as it was, if a variable is missing or of another shape."""
+    if isinstance(variables, (str, Path)):
+        variables = np.load(variables) if str(variables).endswith(".npz") else read_tf_checkpoint(variables)
+    keys = {key.removeprefix("network/layer_with_weights-0/").removesuffix("/.ATTRIBUTES/VARIABLE_VALUE"): key
+            for key in variables}
+    state = model.state_dict()
+
+    def take(ours, theirs, convert=lambda array: array):
+        if theirs not in keys:
+            raise ValueError(f"the official weights have no {theirs}: they are of another model")
+        array = torch.from_numpy(np.ascontiguousarray(convert(variables[keys[theirs]])))
+        if array.shape != state[ours].shape:
+            raise ValueError(f"the official {theirs} gives {tuple(array.shape)} for {ours} {tuple(state[ours].shape)}: "
+                             "it is of another model")
+        state[ours] = array
+
+    def gates(array):  # Keras: z, r, h in the last axis; PyTorch: r, z, n in the first
+        z, r, h = np.split(np.asarray(array), 3, axis=-1)
+        return np.concatenate([r, z, h], axis=-1).T
+
+    for name, module in model.named_modules():
+        # encoder.cnn.2 -> encoder_cnn/layer_with_weights-1; encoder.mlp.0 -> mlp/layer_with_weights-0
+        path = re.sub(r"\.(\d+)$", lambda m: f"/layer_with_weights-{int(m[1]) // 2}", name)
+        path = re.sub(r"^(encoder|decoder)\.(cnn|pos)", r"\1_\2", path).removeprefix("encoder.").replace(".", "/")
+        if isinstance(module, SlotAttention):
+            take(f"{name}.slots_mu", f"{path}/slots_mu")
+            take(f"{name}.slots_log_sigma", f"{path}/slots_log_sigma")
+        elif isinstance(module, nn.GRUCell):
+            take(f"{name}.weight_ih", f"{path}/kernel", gates)
+            take(f"{name}.weight_hh", f"{path}/recurrent_kernel", gates)
+            take(f"{name}.bias_ih", f"{path}/bias", lambda array: gates(array[0]))
+            take(f"{name}.bias_hh", f"{path}/bias", lambda array: gates(array[1]))
+        elif isinstance(module, nn.LayerNorm):
+            take(f"{name}.weight", f"{path}/gamma")
+            take(f"{name}.bias", f"{path}/beta")
+        elif isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            if isinstance(module, nn.Linear):
+                convert = np.transpose                                        # [in, out] -> [out, in]
+            elif path.startswith("decoder") and isinstance(module, nn.Conv2d):
+                convert = lambda a: np.transpose(a[::-1, ::-1], (2, 3, 0, 1))  # noqa: E731  [k, k, out, in], flipped
+            else:
+                convert = lambda a: np.transpose(a, (3, 2, 0, 1))             # noqa: E731  also [k, k, out, in] transposed
+            take(f"{name}.weight", f"{path}/kernel", convert)
+            if module.bias is not None:
+                take(f"{name}.bias", f"{path}/bias")
+    model.load_state_dict(state)
+
+
+def read_tf_checkpoint(prefix):
+    """{key: float32 array} of a TensorFlow 2 checkpoint of one shard, without TensorFlow.
+
+    PREFIX.index is a LevelDB table, uncompressed, of BundleEntry messages (tensorflow/core/protobuf/tensor_bundle.proto)
+    that say where in PREFIX.data-00000-of-00001 each array lies. Every checksum is checked.
+    Raises OSError for a missing file, ValueError for a damaged one."""
+    index, data = Path(f"{prefix}.index").read_bytes(), Path(f"{prefix}.data-00000-of-00001").read_bytes()
+
+    def checked(buffer, crc, what):
+        crc = (int.from_bytes(crc, "little") - 0xA282EAD8) & 0xFFFFFFFF       # the format stores checksums "masked"
+        if crc32c(buffer) != (crc >> 17 | crc << 15) & 0xFFFFFFFF:
+            raise ValueError(f"the checksum of {what} is wrong")
+        return buffer
+
+    def block(offset, size):
+        """The (key, value) pairs of one block: each key is stored as what differs from the key before."""
+        buffer = checked(index[offset:offset + size + 1], index[offset + size + 1:offset + size + 5], "a block")
+        if buffer[-1] != 0:
+            raise ValueError("its blocks are compressed, which this reader does not know")
+        pos, key, end = 0, b"", size - 4 - 4 * int.from_bytes(buffer[size - 4:size], "little")
+        while pos < end:
+            shared, pos = varint(buffer, pos)
+            unshared, pos = varint(buffer, pos)
+            length, pos = varint(buffer, pos)
+            key = key[:shared] + buffer[pos:pos + unshared]
+            yield key.decode(), buffer[pos + unshared:pos + unshared + length]
+            pos += unshared + length
+
+    def handle(buffer, pos=0):
+        offset, pos = varint(buffer, pos)
+        size, pos = varint(buffer, pos)
+        return offset, size, pos
+
+    arrays = {}
+    try:
+        if len(index) < 48 or index[-8:] != bytes.fromhex("57fb808b247547db"):
+            raise ValueError("it is not a TensorFlow checkpoint's index, or is cut short")
+        footer = index[-48:]
+        for _, value in block(*handle(footer, handle(footer)[2])[:2]):        # the index block, after the metaindex
+            for key, value in block(*handle(value)[:2]):
+                entry = protobuf(value)
+                if key and entry.get(1) == [1]:                               # "" is the header; dtype 1 is float32
+                    shape = [protobuf(dim).get(1, [0])[0] for dim in protobuf(entry[2][0]).get(2, [])]
+                    offset, size = entry.get(4, [0])[0], entry[5][0]
+                    array = checked(data[offset:offset + size], entry[6][0], key)
+                    arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"{prefix}.index: damaged or not a checkpoint ({error})") from None
+    return arrays
+
+
+def varint(buffer, pos):
+    """A protobuf variable-length number -> (number, position after it)."""
+    number = shift = 0
+    while True:
+        byte = buffer[pos]
+        number |= (byte & 127) << shift
+        pos, shift = pos + 1, shift + 7
+        if byte < 128:
+            return number, pos
+
+
+def protobuf(buffer):
+    """A protobuf message -> {field: [values]}: numbers, or bytes still to be decoded."""
+    fields, pos = {}, 0
+    while pos < len(buffer):
+        tag, pos = varint(buffer, pos)
+        if tag & 7 == 0:
+            value, pos = varint(buffer, pos)
+        else:
+            length, pos = varint(buffer, pos) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], pos)
+            value, pos = buffer[pos:pos + length], pos + length
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def crc32c(buffer):
+    crc = 0xFFFFFFFF
+    for byte in buffer:
+        crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+CRC_TABLE = list(range(256))
+for _ in range(8):
+    CRC_TABLE = [crc >> 1 ^ 0x82F63B78 * (crc & 1) for crc in CRC_TABLE]
