@@ -11,6 +11,7 @@ Contents: layers, SlotAttention (Algorithm 1), the two models of section 3, loss
 
 import math
 import re
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -340,7 +341,7 @@ class SlotAttentionClassifier(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics
+# Losses and metrics
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +365,76 @@ def adjusted_rand_index(true_mask, pred_mask):
     return torch.where(maximum == expected, 1.0, (index - expected) / (maximum - expected))
 
 
+def minimum_cost_matching(cost):
+    """The exact minimum-cost assignment, as scipy.optimize.linear_sum_assignment but for a whole batch and on its device.
+
+    cost [B, n, m] -> rows, cols [B, min(n, m)], rows in ascending order. A dynamic programme over the subsets of the
+    larger side: best[S] is the least cost of giving the first |S| rows the columns S. Work and memory grow as
+    2^max(n, m): made for some ten slots. Between equal costs any may be returned. Raises ValueError above 16."""
+    n, m = cost.shape[1:]
+    if n > m:
+        cols, rows = minimum_cost_matching(cost.transpose(1, 2))
+        rows, order = rows.sort(dim=1)
+        return rows, cols.gather(1, order)
+    if m > 16:
+        raise ValueError(f"matching takes 16 elements at most, not {m}")
+    cost = cost.detach().float().permute(1, 2, 0).contiguous()                # [n, m, B]
+    best = cost.new_zeros(2 ** m, cost.shape[2])                              # [2^m, B]
+    choice = torch.zeros(2 ** m, cost.shape[2], dtype=torch.int64, device=cost.device)
+    for row in range(n):
+        subsets = torch.tensor([sum(1 << c for c in s) for s in combinations(range(m), row + 1)], device=cost.device)
+        members = torch.tensor(list(combinations(range(m), row + 1)), device=cost.device)      # [L, row + 1]
+        options = best[subsets[:, None] - (1 << members)] + cost[row, members]                 # [L, row + 1, B]
+        best[subsets], chosen = options.min(dim=1)
+        choice[subsets] = members.gather(1, chosen)
+    subset = subsets[best[subsets].argmin(dim=0)]                             # [B], the columns that are used
+    cols = []
+    for row in range(n):                                                      # from the last row back to the first
+        cols.append(choice.gather(0, subset[None])[0])
+        subset = subset - (1 << cols[-1])
+    cols = torch.stack(cols[::-1], dim=1)
+    return torch.arange(n, device=cost.device).expand_as(cols), cols
+
+
+def hungarian_huber_loss(pred, target):
+    """The set prediction loss (section 3.2): Huber (delta 1, mean over the features) between each target and the
+    prediction that the cheapest matching gives it, summed over the set, averaged over the batch.
+
+    pred [B, K, F], target [B, M, F] -> scalar. Padding (rows of zeros) is matched and costs like any target; predictions
+    in excess are free."""
+    cost = F.smooth_l1_loss(*torch.broadcast_tensors(pred[:, None], target[:, :, None]), reduction="none").mean(dim=3)
+    rows, cols = minimum_cost_matching(cost)                                  # cost is [B, target, pred]
+    return cost[torch.arange(len(cost), device=cost.device)[:, None], rows, cols].sum(dim=1).mean()
+
+
+def average_precision_clevr(pred, target, distance_threshold=math.inf):
+    """Average precision of predicted CLEVR objects (section 3.2), over a whole evaluation set at once.
+
+    pred [B, K, 19], target [B, M, 19] (see SlotAttentionClassifier); distance_threshold in CLEVR's units of length
+    (coordinates from -3 to 3); infinite or, as in the official code, -1: none. -> float.
+    In the order of falling confidence (the last feature; of equals the first) each prediction takes the nearest real
+    object of its image with equal size, material, shape and colour: a hit, if it is nearer than the threshold and not
+    taken before. There is no second choice. NaN if there are no real objects."""
+    threshold = math.inf if distance_threshold is None or distance_threshold < 0 else distance_threshold
+    same = target[:, None, :, 18] > 0.5                                                        # [B, 1, M]
+    for start, end in ((3, 5), (5, 7), (7, 10), (10, 18)):
+        same = same & (pred[:, :, None, start:end].argmax(-1) == target[:, None, :, start:end].argmax(-1))  # [B, K, M]
+    distance = 6 * (pred[:, :, None, :3] - target[:, None, :, :3]).norm(dim=-1)
+    distance, nearest = torch.where(same, distance, math.inf).min(dim=2)                       # [B, K]
+
+    order = pred[..., 18].flatten().argsort(descending=True, stable=True)
+    found = nearest + target.shape[1] * torch.arange(len(pred), device=pred.device)[:, None]   # which object of all
+    found, near = found.flatten()[order], (distance < threshold).flatten()[order]
+    rank = torch.arange(len(order), device=pred.device)
+    first = torch.full((len(pred) * target.shape[1],), len(order), device=pred.device)
+    first.scatter_reduce_(0, found[near], rank[near], "amin")                                  # who took it first
+    hits = (near & (first[found] == rank)).double().cumsum(0)
+
+    recall = hits / (target[..., 18] > 0.5).sum()
+    precision = (hits / (rank + 1)).flip(0).cummax(0).values.flip(0)          # the best at this or a higher recall
+    return (recall.diff(prepend=recall.new_zeros(1)) * precision).sum().item()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Official weights (https://storage.googleapis.com/gresearch/slot-attention/)
 # ---------------------------------------------------------------------------------------------------------------------
@@ -385,7 +456,7 @@ def load_official_weights(model, variables):
     def take(ours, theirs, convert=lambda array: array):
         if theirs not in keys:
             raise ValueError(f"the official weights have no {theirs}: they are of another model")
-        array = torch.from_numpy(np.ascontiguousarray(convert(variables[keys[theirs]])))
+        array = torch.tensor(np.ascontiguousarray(convert(variables[keys[theirs]])))
         if array.shape != state[ours].shape:
             raise ValueError(f"the official {theirs} gives {tuple(array.shape)} for {ours} {tuple(state[ours].shape)}: "
                              "it is of another model")
