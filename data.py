@@ -4,6 +4,7 @@ Real: DeepMind's multi_object_datasets (TFRecord files, read without TensorFlow)
 Generated: look-alikes of each, made in seconds and in need of no download, with masks and factors.
 """
 
+import functools
 import gzip
 import hashlib
 import json
@@ -87,15 +88,17 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
         return generate(name, split, root, count or train_count, resolution, crop, min_objects, max_objects)
 
     def prepare(scene):
-        return {"image": resize(scene["image"], resolution, crop if name == "clevr" else "none"),
-                "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, crop if name == "clevr" else "none"),
-                "objects": np.uint8(round(scene["visibility"].sum()) - 1),  # visibility counts the background
-                **({"target": clevr_target(scene)} if name == "clevr" else {})}
+        window = crop if name == "clevr" else "none"
+        return {"image": resize(scene["image"], resolution, window)[None],
+                "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window)[None],
+                "objects": np.uint8([round(scene["visibility"].sum()) - 1]),  # visibility counts the background
+                **({"target": clevr_target(scene)[None]} if name == "clevr" else {})}
 
     limit = 100_000 if name == "clevr" else train_count + 5_000  # the two others have a million
     arrays = cached(root / "cache" / f"{name}-{resolution}", [str(file), stamp(file), resolution, crop],
                     islice(read_tfrecords(file, stem), limit), prepare)
-    return Scenes(**arrays, index=choose(arrays.pop("objects"), split, train_count, count, min_objects, max_objects))
+    objects = arrays.pop("objects")
+    return Scenes(**arrays, index=choose(objects, split, train_count, count, min_objects, max_objects))
 
 
 def choose(objects, split, train_count, count, min_objects, max_objects):
@@ -268,8 +271,9 @@ def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects
             raise ValueError(f"{path}: missing, or damaged ({str(error).splitlines()[0]})") from None
         factors = {key: [0] + [names.index(o[key]) + 1 for o in objects] for key, names in CLEVR_CODES.items()}
         factors.update({axis: [0] + [o["3d_coords"][i] for o in objects] for i, axis in enumerate("xyz")})
-        return {"image": resize(image.permute(1, 2, 0).numpy(), resolution, crop),
-                "objects": np.uint8(len(objects)), "target": clevr_target({k: np.array(v) for k, v in factors.items()})}
+        target = clevr_target({key: np.array(values) for key, values in factors.items()})
+        return {"image": resize(image.permute(1, 2, 0).numpy(), resolution, crop)[None],
+                "objects": np.uint8([len(objects)]), "target": target[None]}
 
     arrays = cached(root / "cache" / f"clevr_v1-{resolution}", [str(folder), *stamps, resolution, crop], scenes, prepare)
     objects = arrays.pop("objects")
@@ -309,9 +313,9 @@ def stamp(file):
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def cached(folder, settings, scenes, prepare):
-    """Maps {key: [n, ...]} from FOLDER-HASH, which is made first if need be from prepare(scene) -> {key: array} of every
-    scene, on all cores. The hash is of the settings: another source or setting is another folder.
+def cached(folder, settings, jobs, prepare):
+    """Maps {key: [n, ...]} from FOLDER-HASH, which is made first if need be from prepare(job) -> {key: array [m, ...]}
+    of every job, on all cores. The hash is of the settings: another source or setting is another folder.
     A folder is complete or does not exist: it is written under another name, and renamed at the end."""
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     folder = folder.with_name(f"{folder.name}-{digest}")
@@ -321,7 +325,7 @@ def cached(folder, settings, scenes, prepare):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
-            write_cache(part, scenes, prepare)
+            write_cache(part, jobs, prepare)
             part.rename(folder)
         except OSError:
             if not folder.exists():  # else another process was faster, with the same result
@@ -341,22 +345,21 @@ def cached(folder, settings, scenes, prepare):
         raise ValueError(f"the cache {folder} is damaged ({error}): delete it, and it will be built again") from None
 
 
-def write_cache(folder, scenes, prepare):
+def write_cache(folder, jobs, prepare):
     files, meta, count, start = {}, {}, 0, time.time()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over scenes; PyTorch's own under it would only add strife
     try:
         with ThreadPoolExecutor(threads) as pool:
-            scenes = iter(scenes)
-            while batch := list(islice(scenes, 16 * threads)):
+            jobs = iter(jobs)
+            while batch := list(islice(jobs, 8 * threads)):
                 for arrays in pool.map(prepare, batch):
                     for key, array in arrays.items():
-                        array = np.asarray(array)
                         if key not in files:
                             files[key] = open(folder / f"{key}.bin", "wb")
-                            meta[key] = [str(array.dtype), array.shape]
-                        files[key].write(array.tobytes())
-                    count += 1
+                            meta[key] = [str(array.dtype), array.shape[1:]]
+                        files[key].write(np.ascontiguousarray(array))
+                    count += len(array)
                 if sys.stderr.isatty():
                     say(f"\r{count:,} scenes, {count / (time.time() - start):,.0f}/s", end="")
     finally:
@@ -376,14 +379,35 @@ SPLIT_SEEDS = {"train": 1, "eval": 2}  # of the generated sets: the splits are t
 
 
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
-    """Scenes by the law of a dataset, from the functions below."""
-    seed = SPLIT_SEEDS[split]
+    """Scenes by the law of a dataset: Tetrominoes anew each time (seconds), the others by way of the cache."""
+    seed, size = SPLIT_SEEDS[split], 32
     if name == "tetrominoes":
-        say(f"tetrominoes: no file in {root}/, so {count:,} scenes are generated by the same law")
+        say(f"tetrominoes: no file in {root}/, so {count:,} {split} scenes are generated by the same law")
         scenes = make_tetrominoes(count, seed)
         return Scenes(scenes["image"], scenes["mask"].argmax(1).astype(np.uint8))
-    raise ValueError(f"{name}: not here yet")
+    if name == "multi_dsprites_on_colored":
+        raise FileNotFoundError(f"no {DATA[name][0]}.tfrecords in {root}/ (from {BUCKET}/multi_dsprites/); "
+                                "--data multi_dsprites needs no files")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
 
+    def prepare(start):
+        number = min(size, count - start)
+        if name == "clevr_like":
+            scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects, crop != "none", device)
+            target = {"target": np.stack([clevr_target({k: v[i] for k, v in scenes.items()}) for i in range(number)])}
+        else:
+            scenes, target = make_multi_dsprites(number, (seed, start)), {}
+        return {"image": scenes["image"], "label": scenes["mask"].argmax(1).astype(np.uint8), **target}
+
+    if name == "multi_dsprites":
+        say(f"multi_dsprites: no {DATA[name][0]}.tfrecords in {root}/, so {count:,} {split} scenes are look-alikes")
+    settings = [name, split, count, resolution, crop, min_objects, max_objects]
+    return Scenes(**cached(root / "cache" / f"{name}-{split}-{resolution}", settings, range(0, count, size), prepare))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tetrominoes
+# ---------------------------------------------------------------------------------------------------------------------
 
 # The 19 orientations of I, O, L, J, T, S and Z: four cells each, rows from top to bottom.
 TETROMINOES = [[(row, col) for row, line in enumerate(piece.split("/")) for col, cell in enumerate(line) if cell == "#"]
@@ -441,3 +465,371 @@ def draw_tetrominoes(piece, corner, color):
             image[scenes, rows, cols] = tiles
             label[scenes, rows, cols] = p + 1
     return image, (label[:, None] == np.arange(4, dtype=np.uint8)[:, None, None]).view(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multi-dSprites
+# ---------------------------------------------------------------------------------------------------------------------
+
+DSPRITES_SCALES, DSPRITES_ORIENTATIONS = np.linspace(0.5, 1, 6), np.linspace(0, 2 * np.pi, 40)
+
+
+def make_multi_dsprites(count, seed):
+    """Scenes after DeepMind's Multi-dSprites, colored_on_grayscale: 2 to 5 sprites (square, ellipse, heart; 6 scales, 40
+    orientations, 32 x 32 positions) on a grey background, the later over the earlier. Hue is uniform, saturation and value
+    are from 0.5 to 1. The same (count, seed) gives the same scenes.
+
+    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; factors of float32, padded with zeros:
+    shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians), x, y (0 to 1), visibility (1: is there) [n, 6],
+    color [n, 6, 3] (RGB, 0 to 1)."""
+    rng = np.random.default_rng(seed)
+    number = rng.integers(2, 6, count)
+    shape, scale, turn, row, col = (rng.integers(size, size=(count, 5)) for size in (3, 6, 40, 32, 32))
+    hue, saturation, value = rng.random((count, 5, 1)), *rng.uniform(0.5, 1, (2, count, 5, 1))
+    fade = np.abs((hue * 6 - np.array([3, 2, 4])) % 6 - 3)                         # HSV to RGB: a triangle wave a channel
+    fade = np.clip(np.stack([fade[..., 0] - 1, 2 - fade[..., 1], 2 - fade[..., 2]], -1), 0, 1)
+    color = value * (1 - saturation * (1 - fade))
+    grey = rng.random((count, 1)).repeat(3, 1)
+
+    there = np.arange(5) < number[:, None]
+    label, pixels, stencils = np.zeros((count, 64, 64), np.uint8), np.arange(64), dsprites_stencils()
+    for s in range(5):  # the painter's order; a stencil is centred in 128 x 128, its window's place sets the sprite's
+        rows, cols = pixels - (row[:, s, None] + 16) + 64, pixels - (col[:, s, None] + 16) + 64
+        stencil = stencils[shape[:, s], scale[:, s], turn[:, s]]
+        drawn = stencil[np.arange(count)[:, None, None], rows[:, :, None], cols[:, None, :]]
+        label[drawn & there[:, s, None, None]] = s + 1
+    palette = np.concatenate([grey[:, None], color], axis=1)                       # [n, 6, 3]
+    image = (palette * 255).round().astype(np.uint8)[np.arange(count)[:, None, None], label]
+
+    def factor(values, background=0):
+        return np.concatenate([np.full((count, 1), background), np.where(there, values, 0)], axis=1).astype(np.float32)
+
+    return {"image": image, "mask": (label[:, None] == np.arange(6, dtype=np.uint8)[:, None, None]).view(np.uint8),
+            "shape": factor(shape + 1), "scale": factor(DSPRITES_SCALES[scale]), "x": factor(col / 31), "y": factor(row / 31),
+            "orientation": factor(DSPRITES_ORIENTATIONS[turn]), "visibility": factor(1, 1),
+            "color": (palette * factor(1, 1)[..., None]).astype(np.float32)}
+
+
+@functools.cache
+def dsprites_stencils():
+    """[3 shapes, 6 scales, 40 orientations, 128, 128] bool, each sprite in the middle."""
+    y, x = np.meshgrid(np.arange(128) - 64, np.arange(128) - 64, indexing="ij")
+    cos, sin = np.cos(DSPRITES_ORIENTATIONS)[:, None, None], np.sin(DSPRITES_ORIENTATIONS)[:, None, None]
+    stencils = []
+    for scale in DSPRITES_SCALES:
+        u, v = (cos * x + sin * y) / (12 * scale), (cos * y - sin * x) / (12 * scale)         # [40, 128, 128]
+        square = np.maximum(np.abs(u), np.abs(v)) < 0.8
+        ellipse = u ** 2 + (v / 0.6) ** 2 < 1
+        heart = u ** 2 + (-1.2 * v + 0.1 - 0.75 * np.sqrt(np.abs(u))) ** 2 < 0.9
+        stencils.append([square, ellipse, heart])
+    return np.array(stencils).swapaxes(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLEVR look-alike, ray-cast
+# ---------------------------------------------------------------------------------------------------------------------
+
+# CLEVR's tables; codes count from 1. Its renderer takes the colours for linear albedo, hence the pastel look.
+_SIZES = (0.7, 0.35)  # large, small: radius, half height, half side
+_COLORS = ((173, 35, 35), (41, 208, 208), (29, 105, 20), (42, 75, 215),  # red, cyan, green, blue
+           (129, 74, 25), (87, 87, 87), (129, 38, 192), (255, 238, 51))  # brown, gray, purple, yellow
+_SPHERE, _CYLINDER, _CUBE = 1, 2, 3
+# Mean camera, aimed at the origin; focal length and size of the frame in pixels: CLEVR_v1.0's pixel_coords fit these.
+_CAMERA, _FOCAL, _FRAME = (7.481, -6.508, 5.344), 525.0, (480, 320)
+_CROP = (96, 24, 384, 312)  # left, top, right, bottom of the object-discovery crop in that frame
+# Square key, fill and back lamps: mean place; power per channel and ambient light are fitted to real bare ground.
+_LAMPS = ((6.447, -2.905, 4.258), (-4.671, -4.014, 3.011), (-1.168, 2.646, 5.816))
+_POWER = ((5.75, 5.32, 4.63), (1.20, 1.31, 1.66), (2.60, 2.54, 2.49))
+_LAMP_SIDE, _AMBIENT = 0.8, 0.135
+
+
+def _unit(vector):
+    return vector / (vector * vector).sum(0).sqrt().clamp(min=1e-8)
+
+
+def _turned(vector, cos, sin):
+    return torch.stack((cos * vector[0] - sin * vector[1], sin * vector[0] + cos * vector[1], vector[2]))
+
+
+def _surface(point, core, bevel, cylinder):
+    """Signed distance [Q] and outward normal [3,Q] of boxes with rounded edges, at points [3,Q] of the object's frame.
+
+    A sphere is such a box with a core of no size; a cylinder is one in the coordinates (radius, 0, height).
+    """
+    radius = (point[0] * point[0] + point[1] * point[1]).sqrt().clamp(min=1e-6)
+    along = torch.stack((torch.where(cylinder, radius, point[0].abs()),
+                         torch.where(cylinder, 0, point[1].abs()), point[2].abs())) - core
+    outside, deepest = along.clamp(min=0), along.amax(0)
+    length = (outside * outside).sum(0).sqrt()
+    normal = torch.where(length > 0, outside / length.clamp(min=1e-8), (along == deepest).float())
+    side = torch.where(cylinder, normal[0] * point[:2] / radius, normal[:2] * point[:2].sign())
+    return length + deepest.clamp(max=0) - bevel, torch.cat((side, normal[2:] * point[2:].sign()))
+
+
+def _offsets(world, scene, origin, own):
+    """Vectors [3,N,K] from points [3,N] to all objects, their squares [N,K], and which are met (not `own` [N])."""
+    offset = world["centre"][:, scene] - origin[:, :, None]
+    met = (world["bound"][scene] > 0) & (torch.arange(offset.shape[2], device=own.device) != own[:, None])
+    return offset, (offset * offset).sum(0), met
+
+
+def _pairs(world, scene, offsets, direction, spread=0):
+    """The (ray, object) pairs that pass the object's bounding sphere, which the ray's spread per length enlarges.
+
+    Returns ray [Q], object (slot [Q] and index over all scenes [Q]), length [Q] of the ray up to the point nearest to
+    the centre, its start and direction [3,Q] in the object's frame, and the object's _surface parameters and bound.
+    """
+    offset, square, met = offsets
+    along = (offset * direction[:, :, None]).sum(0)
+    reach = world["bound"][scene] + spread * along
+    ray, slot = ((along > 0) & (square < along * along + reach * reach) & met).nonzero(as_tuple=True)
+    item = scene[ray] * world["bound"].shape[1] + slot
+    cos, sin = world["turn"][:, item]
+    shape = world["core"][item], world["bevel"][item], world["cylinder"][item]
+    return (ray, slot, item, along[ray, slot], _turned(-offset[:, ray, slot], cos, -sin),
+            _turned(direction[:, ray], cos, -sin), shape, world["bound"].flatten()[item])
+
+
+def _nearest(world, scene, offsets, direction):
+    """First object that each ray hits: distance [N] (inf: none), slot [N] and outward normal [3,N]."""
+    ray, slot, item, along, start, step, shape, bound = _pairs(world, scene, offsets, direction)
+    time = (along - bound).clamp(min=0)
+    # The distance to a convex body is convex along a ray, so Newton's method from outside never overshoots.
+    for _ in range(7):
+        distance, normal = _surface(start + time * step, *shape)
+        slope = (normal * step).sum(0)
+        time = time - torch.where(slope < 0, distance / slope.clamp(max=-1e-3), 0)
+    time = torch.where((distance < 2e-3) & (slope < 0), time, torch.inf)
+    best = torch.full_like(direction[0], torch.inf).scatter_reduce(0, ray, time, "amin")
+    first = (time < torch.inf) & (time == best[ray])
+    chosen, normals = torch.zeros_like(scene), torch.zeros_like(direction)
+    chosen[ray[first]] = slot[first]
+    normals[:, ray[first]] = _turned(normal[:, first], *world["turn"][:, item[first]])
+    return best, chosen, normals
+
+
+def _blocked(world, scene, offsets, to_lamp, far):
+    """Share [N] of a lamp that objects hide: one ray per point, soft by how closely it passes each object."""
+    spread = 0.5 * _LAMP_SIDE / far
+    ray, _, _, along, start, step, shape, bound = _pairs(world, scene, offsets, to_lamp, spread[:, None])
+    low, high = (along - bound).clamp(min=0), along + bound
+    for _ in range(6):  # bisect for the closest approach: the slope of a convex function changes its sign once
+        middle = (low + high) / 2
+        distance, normal = _surface(start + middle * step, *shape)
+        ahead = (normal * step).sum(0) < 0
+        low, high = torch.where(ahead, middle, low), torch.where(ahead, high, middle)
+    part = (0.5 - 0.5 * distance / (spread[ray] * middle).clamp(min=1e-3)).clamp(0, 1)
+    return torch.zeros_like(far).scatter_reduce(0, ray, part * part * (3 - 2 * part), "amax")
+
+
+def _radiance(world, scene, origin, direction, own=None, haze=0.07):
+    """Linear colour [3,N] and entity [N] (0 ground, from 1 objects) seen along rays [3,N] of the scenes [N].
+
+    Rays with `own` are reflections in that object: metal that they meet looks like rubber, and the light ground blurs
+    into the dark sky over an elevation of `haze`.
+    """
+    start = _offsets(world, scene, origin, torch.full_like(scene, -1) if own is None else own)
+    time, slot, normal = _nearest(world, scene, start, direction)
+    solid = time < torch.inf
+    item, mine = scene * world["bound"].shape[1] + slot, torch.where(solid, slot, -1)
+    time = torch.where(solid, time, (-origin[2] / direction[2].clamp(max=-1e-3)).clamp(max=100))
+    position = origin + time * direction
+    normal[2] = torch.where(solid, normal[2], 1)
+
+    # Ambient light, less what the other objects hide (as spheres), and light that the ground throws back.
+    offset, square, met = offsets = _offsets(world, scene, position, mine)
+    hidden = (offset * normal[:, :, None]).sum(0).clamp(min=0) * met / (square * square.sqrt()).clamp(min=1e-4)
+    hidden = (hidden * world["size"][scene].square()).sum(1)
+    hidden = (hidden * (0.2 + 1.8 * hidden)).clamp(max=0.9)  # less, as they are not black; more nearby: they are wider
+    height = (position[2] / world["size"].flatten()[item].clamp(min=0.1)).clamp(0, 1)
+    bounce = 0.11 * (1 - normal[2]) * (1 + normal[2].clamp(max=0) * (1 - height))  # none right under an object
+    light = (_AMBIENT / 2 * (1 - hidden) * (1 + normal[2]) + bounce).repeat(3, 1)
+    lamps = []
+    for lamp, power in zip(world["lamps"], _POWER):
+        to_lamp = lamp[:, scene] - position
+        far = (to_lamp * to_lamp).sum(0).sqrt()
+        to_lamp = to_lamp / far
+        aim = (_unit(lamp)[:, scene] * to_lamp).sum(0).clamp(min=0)  # the lamps face the origin
+        glare = (1 - _blocked(world, scene, offsets, to_lamp, far)) * aim * light.new_tensor(power)[:, None]
+        light += glare / far.square() * (normal * to_lamp).sum(0).clamp(min=0)
+        lamps.append((to_lamp, far, glare))
+    albedo = torch.where(solid, world["albedo"][:, item], 1)  # the ground's is part of the lamps' power
+    sky = 0.012 + 0.12 * torch.exp(-direction[2].clamp(min=0) / haze)
+    color = torch.where(solid | (direction[2] < 0), albedo * light, sky)
+
+    if own is None:  # metal: mirror the scene, then add the lamps' streaks (CLEVR's metal is spun about z) and images
+        at = (solid & world["metal"].flatten()[item]).nonzero()[:, 0]
+        normal, direction, out = normal[:, at], direction[:, at], -offset[:, at, slot[at]]
+        ring = _unit(torch.stack((-out[1], out[0], torch.zeros_like(out[0]))))
+        cross = torch.linalg.cross(normal, ring, dim=0)
+        # Tops and upper rims, but of a ball only the pole, gather light from all around, in two wedges.
+        ball = (world["core"] == 0)[item[at]]
+        top = torch.where(ball, 50 * normal[2] - 49, 3 * normal[2]).clamp(0, 1)
+        haze = 0.07 + top * (0.5 + 0.6 * (direction * cross).sum(0).abs())
+        mirror = direction - 2 * (normal * direction).sum(0) * normal
+        glow, _ = _radiance(world, scene[at], position[:, at], mirror, slot[at], haze)
+        for to_lamp, far, glare in lamps:
+            half = _unit(to_lamp[:, at] - direction)
+            narrow, wide, up = ((half * axis).sum(0).square() for axis in (ring, cross, normal))
+            streak = 3 / (up + narrow / 0.14 ** 2 + wide / 0.3 ** 2).square() / far[at].square()
+            glow += glare[:, at] * (streak + 1.8 * torch.exp(350 * (up - 1)))
+        color[:, at] = albedo[:, at] * glow
+    return color, torch.where(solid, slot + 1, 0)
+
+
+def _world(scenes, device):
+    """The renderer's tensors, from the numpy arrays [B,10] of _layout; K is the largest number of objects here."""
+    most = int((scenes["shape"] > 0).sum(1).max())
+    of = {k: torch.as_tensor(v if k in ("camera", "lamps") else v[:, :most], device=device) for k, v in scenes.items()}
+    sphere, cylinder = of["shape"] == _SPHERE, of["shape"] == _CYLINDER
+    size = torch.tensor((0,) + _SIZES, device=device)[of["size"].long()]
+    bevel = size * torch.where(sphere, 1, torch.where(cylinder, 0.06, 0.19))
+    camera = of["camera"].T  # [3,B]
+    forward = _unit(-camera)
+    right = _unit(torch.stack((forward[1], -forward[0], torch.zeros_like(forward[0]))))
+    angle = of["rotation"].flatten()  # CLEVR draws degrees, but its renderer takes them for radians
+    return {"camera": camera, "axes": (right, torch.linalg.cross(right, forward, dim=0), forward),
+            "lamps": of["lamps"].permute(1, 2, 0).contiguous(), "centre": torch.stack((of["x"], of["y"], of["z"])),
+            "size": size, "bound": size * torch.where(sphere, 1, torch.where(cylinder, 2, 3)).sqrt(),
+            "core": (size - bevel).flatten(), "bevel": bevel.flatten(), "cylinder": cylinder.flatten(),
+            "turn": torch.stack((angle.cos(), angle.sin())), "metal": of["material"] == 2,
+            "albedo": torch.tensor(((0, 0, 0),) + _COLORS, device=device)[of["color"].long().flatten()].T / 255}
+
+
+def _camera_rays(world, scene, column, row):
+    """Origins and unit directions [3,N] of the rays through points of the 480x320 frame."""
+    right, up, forward = (axis[:, scene] for axis in world["axes"])
+    column, row = (column - _FRAME[0] / 2) / _FOCAL, (row - _FRAME[1] / 2) / _FOCAL
+    return world["camera"][:, scene], _unit(forward + column * right - row * up)
+
+
+def _pixels(world, window, width, height):
+    """Scene, column and row in the frame [B*height*width] of the centres of all pixels, and a pixel's size."""
+    counts = world["camera"].shape[1], height, width
+    scene, row, column = (g.flatten() for g in torch.meshgrid(
+        *(torch.arange(n, device=world["camera"].device) for n in counts), indexing="ij"))
+    wide, high = (window[2] - window[0]) / width, (window[3] - window[1]) / height
+    return scene, window[0] + (column + 0.5) * wide, window[1] + (row + 0.5) * high, wide, high
+
+
+def _srgb(linear):
+    return 1.055 * linear.clamp(0.0031308, 1) ** (1 / 2.4) - 0.055
+
+
+def _render(scenes, window, resolution, device):
+    """Pictures [B,H,W,3] uint8 and entities at the pixels' centres [B,H,W]."""
+    world = _world(scenes, device)
+    scene, column, row, wide, high = _pixels(world, window, resolution, resolution)
+    color, entity = _radiance(world, scene, *_camera_rays(world, scene, column, row))
+    # Antialias with four more rays per pixel, but only where a pixel differs from a neighbour.
+    tone = torch.cat((_srgb(color), entity[None])).view(4, -1, resolution, resolution)
+    edge = torch.zeros_like(tone[0], dtype=torch.bool)
+    for axis in (1, 2):
+        jump = (tone.diff(dim=axis + 1).abs() > 0.07).any(0)
+        edge.narrow(axis, 0, resolution - 1).logical_or_(jump)
+        edge.narrow(axis, 1, resolution - 1).logical_or_(jump)
+    edge = edge.flatten().nonzero()[:, 0]
+    color[:, edge] = 0
+    for dx, dy in ((-0.15, -0.45), (0.45, -0.15), (-0.45, 0.15), (0.15, 0.45)):
+        rays = _camera_rays(world, scene[edge], column[edge] + dx * wide, row[edge] + dy * high)
+        color[:, edge] += _radiance(world, scene[edge], *rays)[0].clamp(max=1) / 4
+    image = (_srgb(color) * 255).round().to(torch.uint8).view(3, -1, resolution, resolution)
+    return image.permute(1, 2, 3, 0).cpu().numpy(), entity.view(-1, resolution, resolution).cpu().numpy()
+
+
+def _layout(rng, number):
+    """Draws scenes [B] with the given numbers of objects, and whether all found a place, as numpy arrays."""
+    count, real = len(number), np.arange(10) < number[:, None]
+    scenes = {key: np.where(real, rng.integers(1, codes + 1, (count, 10)), 0).astype(np.uint8)
+              for key, codes in (("size", 2), ("material", 2), ("shape", 3), ("color", 8))}
+    scenes["camera"] = np.float32(_CAMERA + rng.uniform(-0.5, 0.5, (count, 3)))
+    scenes["lamps"] = np.float32(_LAMPS + rng.uniform(-1, 1, (count, 3, 3)))
+    size = np.array((0,) + _SIZES)[scenes["size"]]
+    ahead = -scenes["camera"][:, :2] / np.linalg.norm(scenes["camera"][:, :2], axis=1, keepdims=True)
+    axes = np.stack((ahead, ahead[:, ::-1] * (1, -1)), 2)  # [B,2,2]: the camera's directions on the ground
+    place, good = np.zeros((count, 10, 2)), np.ones(count, bool)
+    for slot in range(number.max()):
+        trial = rng.uniform(-3, 3, (count, 50, 2))
+        step = trial[:, :, None] - place[:, None, :slot]  # [B,50,slot,2]
+        gap = np.linalg.norm(step, axis=3) - size[:, None, :slot] - size[:, slot, None, None]
+        fits = ((gap >= 0.25) & (np.abs(step @ axes[:, None]) >= 0.4).all(3)).all(2)
+        place[:, slot] = trial[np.arange(count), fits.argmax(1)]
+        good &= fits.any(1) | ~real[:, slot]
+    for key, value in (("x", place[..., 0]), ("y", place[..., 1]), ("z", size),
+                       ("rotation", rng.uniform(0, 360, (count, 10)))):
+        scenes[key] = np.where(real, value, 0).astype(np.float32)
+    return scenes, good
+
+
+def _visible(scenes):
+    """Whether every object of scenes [B] shows at least 200 pixels of 320x240; always decided on the CPU."""
+    world, (wide, high) = _world(scenes, "cpu"), (72, 48)  # counted on a small map of the frame
+    scene, column, row = _pixels(world, (0, 0) + _FRAME, wide, high)[:3]
+    origin, direction = _camera_rays(world, scene, column, row)
+    time, slot, _ = _nearest(world, scene, _offsets(world, scene, origin, torch.full_like(scene, -1)), direction)
+    seen = torch.bincount((scene * 10 + slot)[time < torch.inf], minlength=len(scenes["x"]) * 10).view(-1, 10).numpy()
+    return ((seen >= 200 * wide * high / (320 * 240)) | (scenes["shape"] == 0)).all(1)
+
+
+def _draw(rng, number):
+    """Scenes [B] with the given numbers of objects that obey the rules: rejection sampling, several tries at a time."""
+    scenes, todo = {}, np.arange(len(number))
+    while len(todo):
+        tries = np.resize(todo, len(number))
+        part, good = _layout(rng, number[tries])
+        rows, first = np.unique(tries[good], return_index=True)
+        part = {key: value[good][first] for key, value in part.items()}
+        seen = _visible(part) if len(rows) else good[:0]
+        for key, value in part.items():
+            scenes.setdefault(key, np.zeros((len(number), *value.shape[1:]), value.dtype))[rows[seen]] = value[seen]
+        todo = np.setdiff1d(todo, rows[seen])
+    return scenes
+
+
+def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, crop=True, device="cpu"):
+    """Scenes after CLEVR (Johnson et al. 2017), in the layout of DeepMind's CLEVR with masks; E = 11 entities.
+
+    Cubes, cylinders and spheres of two sizes, two materials and eight colours on a grey ground, placed by the rules of
+    CLEVR's generator and ray-cast with its camera and lamps: a look-alike of the data set, not a part of it.
+    crop=True shows the part of the 480x320 frame used for object discovery (rows 24:312, columns 96:384); objects may
+    be cut or, though present, outside. crop=False squashes the whole frame into the square. Scene i depends on the
+    seed, the numbers of objects and i, not on count. `device` is where pictures are rendered.
+
+    Returns a dict of numpy arrays, entity 0 = background, padded with zeros:
+      image [n,H,W,3] uint8; mask [n,11,H,W] uint8 0/1, the visible parts, each pixel in exactly one entity;
+      x, y, z [n,11] float32 in CLEVR's units (x, y in [-3, 3]); rotation [n,11] float32 as stored by CLEVR: 0..360,
+      drawn as degrees, but rendered as radians; pixel_coords [n,11,3] float32: column and row of the object's centre
+      in pixels of the returned picture (pixel j spans [j, j + 1]), depth; visibility [n,11] float32, 1 = exists;
+      size (1 large, 2 small), material (1 rubber, 2 metal), shape (1 sphere, 2 cylinder, 3 cube), color (1 red, 2 cyan,
+      3 green, 4 blue, 5 brown, 6 gray, 7 purple, 8 yellow) [n,11] uint8.
+    """
+    if not 1 <= min_objects <= max_objects <= 10:
+        raise ValueError(f"need 1 <= min_objects <= max_objects <= 10, got {min_objects} and {max_objects}")
+    drawn, block = [], 32  # scenes that share a random generator
+    for start in range(0, count, block):
+        rng = np.random.default_rng((*np.atleast_1d(seed), start))
+        drawn.append(_draw(rng, rng.integers(min_objects, max_objects + 1, block)))
+    scenes = {key: np.concatenate([part[key] for part in drawn])[:count] for key in drawn[0]}
+
+    window = _CROP if crop else (0, 0) + _FRAME
+    image = np.empty((count, resolution, resolution, 3), np.uint8)
+    mask = np.empty((count, 11, resolution, resolution), np.uint8)
+    batch = max(1, (2 ** 16 if torch.device(device).type == "cpu" else 2 ** 21) // resolution ** 2)
+    for start in range(0, count, batch):
+        part = {key: value[start:start + batch] for key, value in scenes.items()}
+        image[start:start + batch], entity = _render(part, window, resolution, device)
+        mask[start:start + batch] = entity[:, None] == np.arange(11)[:, None, None]
+
+    camera, lamps, exists = scenes.pop("camera"), scenes.pop("lamps"), scenes["shape"] > 0
+    forward = -camera / np.linalg.norm(camera, axis=1, keepdims=True)
+    right = np.cross(forward, (0, 0, 1))
+    right /= np.linalg.norm(right, axis=1, keepdims=True)
+    axes = np.stack((right, np.cross(forward, right), forward), 2)  # right, down, ahead
+    view = (np.stack([scenes[key] for key in "xyz"], 2) - camera[:, None]) @ axes
+    frame = view[..., :2] / view[..., 2:] * _FOCAL + np.array(_FRAME) / 2
+    scale = resolution / np.array((window[2] - window[0], window[3] - window[1]))
+    coords = np.concatenate(((frame - window[:2]) * scale, view[..., 2:]), 2) * exists[..., None]
+    padded = {key: np.pad(value, ((0, 0), (1, 0))) for key, value in scenes.items()}
+    return {"image": image, "mask": mask, **padded,
+            "pixel_coords": np.pad(coords, ((0, 0), (1, 0), (0, 0))).astype(np.float32),
+            "visibility": np.pad(exists, ((0, 0), (1, 0)), constant_values=True).astype(np.float32)}

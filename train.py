@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-from slot_attention import SlotAttentionAutoEncoder, adjusted_rand_index
+from data import say
+from slot_attention import SlotAttentionAutoEncoder, SlotAttentionClassifier, adjusted_rand_index
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiments. Each value is a flag: batch_size is --batch-size.
@@ -73,3 +74,329 @@ MODEL_KEYS = list(RECIPE)[:12]
 def learning_rate(step, lr, warmup, decay_rate, decay_steps):
     """The official schedule: the warm-up is linear and the decay goes on during it; the first step has rate 0."""
     return lr * min(1, step / max(warmup, 1)) * decay_rate ** (step / decay_steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models and checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_model(config):
+    """The model that a run's config describes: {key of RECIPE: value}, and its task."""
+    keys = MODEL_KEYS if config["task"] == "object_discovery" else MODEL_KEYS[:8]
+    model = SlotAttentionAutoEncoder if config["task"] == "object_discovery" else SlotAttentionClassifier
+    return model(**{key: config[key] for key in keys})
+
+
+def save_checkpoint(path, **content):
+    """Writes under another name first: a kill or a full disk leaves the last good checkpoint."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); the checkpoint before it is as it was") from None
+
+
+def load_checkpoint(path):
+    """A run's folder or a checkpoint file -> its content. No code in the file is run. Raises OSError or ValueError."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: checkpoint[key] for key in ("config", "model", "optimizer", "step", "seconds")}
+    except Exception as error:  # torch has many ways to say it: pickle, zip, runtime, key, type and value errors
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})") from None
+
+
+def load_model(checkpoint, where):
+    """The model of a loaded checkpoint, with its weights."""
+    try:
+        model = build_model(checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+        return model
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{where} does not fit its own config ({str(error).splitlines()[0]})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def choose_dtype(name, device):
+    """bfloat16 where the hardware multiplies in it: elsewhere it would be emulated, and slow."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return torch.bfloat16 if device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags) else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def noise(config, step, device):
+    """The slots' initial noise [B, K, D] of a training step (of the evaluation: step -1), the same after a resume."""
+    generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step + 1)
+    shape = config["batch_size"], config["num_slots"], config["slot_dim"]
+    return torch.randn(shape, generator=generator).to(device)
+
+
+def batches(config, scenes, step, device):
+    """The training batches from a step on: every epoch in a new order, which depends on seed and epoch alone."""
+    size, per_epoch = config["batch_size"], len(scenes) // config["batch_size"]
+    while True:
+        epoch, start = divmod(step, per_epoch)
+        if start == 0 or "order" not in locals():
+            generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
+            order = torch.randperm(len(scenes), generator=generator)
+        yield scenes.batch(order[start * size:(start + 1) * size], device)
+        step += 1
+
+
+def compute_loss(model, batch, slots_noise, device, dtype):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        output = model(batch["image"], slots=model.slot_attention.init_slots(slots_noise))
+    return F.mse_loss(output.recon_combined, batch["image"])
+
+
+@torch.no_grad()
+def evaluate(model, config, scenes, device, dtype):
+    """-> {"eval_loss": mean squared error, "ari": mean FG-ARI where there are masks} over all scenes of a split."""
+    loss, ari, size = 0.0, [], config["batch_size"]
+    for start in range(0, len(scenes), size):
+        batch = scenes.batch(torch.arange(start, min(start + size, len(scenes))), device)
+        slots_noise = noise(config, -1 - start, device)[:len(batch["image"])]
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = model(batch["image"], slots=model.slot_attention.init_slots(slots_noise))
+        loss += F.mse_loss(output.recon_combined, batch["image"]).item() * len(batch["image"]) / len(scenes)
+        if "label" in batch:
+            true_mask = F.one_hot(batch["label"].flatten(1).long())[..., 1:]  # [B, P, E]: the background's channel dropped
+            ari.append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
+    return {"eval_loss": loss, **({"ari": torch.cat(ari).mean().item()} if ari else {})}
+
+
+def train(config, out, checkpoint=None):
+    """Trains by a config ({key: value} of RECIPE and of the flags) into the folder `out`, from a checkpoint if given."""
+    device = torch.device(config["device"])
+    dtype = choose_dtype(config["dtype"], device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.manual_seed(config["seed"])
+    model = (load_model(checkpoint, out) if checkpoint else build_model(config)).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, config["beta2"]), fused=True)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    step, seconds = (checkpoint["step"], checkpoint["seconds"]) if checkpoint else (0, 0.0)
+
+    scenes = load_scenes(config, "train").to(device)
+    held_out = load_scenes(config, "eval").to(device)
+    if len(scenes) < config["batch_size"]:
+        raise ValueError(f"--batch-size {config['batch_size']} is more than the {len(scenes)} training scenes there are")
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{config['data']}: {len(scenes):,} scenes, {len(held_out):,} held out; {parameters:,} parameters; "
+        f"{device}, {str(dtype).removeprefix('torch.')}; writing to {out}/")
+    if "label" not in held_out.arrays:
+        say("this dataset has no masks, so there is no FG-ARI")
+
+    out.mkdir(parents=True, exist_ok=True)
+    log_path = out / "log.jsonl"
+    lines = log_path.read_text().splitlines(keepends=True) if checkpoint and log_path.exists() else []
+    log = open(log_path, "w", buffering=1)
+    log.writelines(line for line in lines if json.loads(line)["step"] <= step)  # a killed run may have logged more
+
+    stop = []  # the signal that asked for it
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, frame: stop.append(number))
+
+    def save():
+        save_checkpoint(out / "checkpoint.pt", config=config, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        step=step, seconds=seconds)
+
+    forward = torch.compile(model) if config["compile"] else model
+    result, total, since, clock = {}, torch.zeros((), device=device), step, time.perf_counter()
+    for batch in batches(config, scenes, step, device):
+        if step >= config["steps"]:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, *(config[k] for k in ("lr", "warmup", "decay_rate", "decay_steps")))
+        loss = compute_loss(forward, batch, noise(config, step, device), device, dtype)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config["clip"]:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+        optimizer.step()
+        step += 1
+        total += loss.detach()
+
+        at_eval = step % config["eval_every"] == 0 or step == config["steps"]
+        if not (at_eval or stop or step % config["log_every"] == 0):
+            continue  # the loss is read, and the device waited for, only where it is shown
+        row = {"step": step, "loss": total.item() / (step - since)}
+        elapsed, images = time.perf_counter() - clock, (step - since) * config["batch_size"]
+        seconds += elapsed
+        if not math.isfinite(row["loss"]):
+            raise ValueError(f"the loss became {row['loss']} before step {step}; the last good checkpoint is in {out}/. "
+                             "Try a smaller --lr, --clip 1, or --dtype float32")
+        row["seconds"] = round(seconds, 1)
+        if at_eval:
+            result = evaluate(model, config, held_out, device, dtype)
+            row.update(result)
+        log.write(json.dumps(row) + "\n")
+        left = seconds / step * (config["steps"] - step)
+        line = (f"step {step:,}/{config['steps']:,}  loss {row['loss']:.5f}  {images / elapsed:,.0f} images/s  "
+                f"{clock_time(left)} left" + "".join(f"  {NAMES[key]} {value:.3f}" for key, value in result.items()))
+        if at_eval or sys.stderr.isatty():
+            say(f"\r{line:100}" if sys.stderr.isatty() else line, end="\n" if at_eval else "")
+        if at_eval or stop:
+            save()
+        if stop:
+            say(f"\nstopped and saved; to go on: python train.py --resume {out}")
+            sys.exit(128 + stop[0])
+        total.zero_()
+        since, clock = step, time.perf_counter()
+    say(f"trained in {clock_time(seconds)}")
+
+
+NAMES = {"eval_loss": "held-out loss", "ari": "FG-ARI"}
+
+
+def clock_time(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def load_scenes(config, split):
+    count = config["train_count" if split == "train" else "eval_count"]
+    keys = "resolution", "crop", "min_objects", "max_objects", "download"
+    return data.load(config["data"], split, config["data_root"], count, **{key: config[key] for key in keys})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line that says what is wrong, in place of argparse's usage."""
+        say(f"{self.prog}: {message}")
+        sys.exit(2)
+
+
+def parse_value(example):
+    """The parser of a flag, by the type and sign of its default."""
+    def parse(text):
+        if isinstance(example, tuple):
+            value = tuple(int(part) for part in text.split(","))
+            if min(value) < 1:
+                raise ValueError
+            return value
+        value = type(example)(text)
+        if not 0 <= value < math.inf or (value == 0 and example != 0 and example not in (RECIPE["warmup"][0],)):
+            raise ValueError
+        return value
+    parse.__name__ = "positive number" if not isinstance(example, tuple) else "list of positive numbers"
+    return parse
+
+
+def make_parser():
+    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", choices=EXPERIMENTS, help="the experiment; without it the demo: --data tetrominoes --small")
+    add("--small", action="store_true", help="a small model and a short schedule, for a CPU")
+    add("--data-root", default="data", help="where the real files are")
+    add("--download", action="store_true", help="fetch CLEVR_v1.0 if there is no CLEVR")
+    add("--official-crop", action="store_true", help="crop CLEVR_v1.0 off centre, as the official code did")
+    add("--out", help="the run's folder; runs/NAME or the next free name if not given")
+    add("--resume", metavar="RUN", help="go on with this run")
+    add("--eval", metavar="RUN", help="evaluate this run, for 1 to 8 iterations unless --num-iterations is given")
+    add("--seed", type=parse_value(0), help="of weights, order and noise", default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it")
+    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile")
+    add("--log-every", type=parse_value(1), default=10, help="steps between lines of the log")
+    recipe = parser.add_argument_group("the recipe (in brackets: the paper's for CLEVR6)")
+    for key, (value, text) in RECIPE.items():
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {"type": parse_value(value)}
+        recipe.add_argument("--" + key.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} ({value})", **kind)
+    return parser
+
+
+def make_config(args, checkpoint=None):
+    """The run's config: the paper's recipe, the experiment's differences from it, and over both what was typed."""
+    flags = vars(args)
+    typed = {key: value for key, value in flags.items() if key in RECIPE}
+    if checkpoint:
+        config = checkpoint["config"]
+        fixed = [key for key in typed if key in MODEL_KEYS and typed[key] != config[key] and not args.eval]
+        if fixed:
+            raise ValueError(f"--{fixed[0].replace('_', '-')} cannot change when a run goes on (it has {config[fixed[0]]})")
+    else:
+        name = args.data or "tetrominoes"
+        small = args.small or not args.data
+        if small and name not in SMALL:
+            raise ValueError(f"there is no --small for {name}; there is for {', '.join(SMALL)}")
+        config = {key: value for key, (value, _) in RECIPE.items()}
+        config.update(EXPERIMENTS[name], **(SMALL[name] if small else {}))
+        config.update(data=name, task="object_discovery", seed=args.seed, crop="official" if args.official_crop else "paper")
+    config = {**config, **typed}
+    config.update({key: flags[key] for key in ("data_root", "download", "device", "dtype", "compile", "log_every")})
+    return config
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.eval:
+            return print_evaluation(args)
+        checkpoint = load_checkpoint(args.resume) if args.resume else None
+        config = make_config(args, checkpoint)
+        out = Path(args.resume or args.out or free_name(Path("runs") / (args.data or "demo")))
+        if not args.resume and (out / "checkpoint.pt").exists():
+            raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
+        train(config, out, checkpoint)
+        import visualize  # not above: it imports this file
+        visualize.main([str(out)])
+        say(f"look at {out}/figure.png; evaluate with: python train.py --eval {out}")
+    except (OSError, ValueError) as error:
+        parser.error(error)
+
+
+def free_name(path):
+    names = [path] + [path.with_name(f"{path.name}-{i}") for i in range(2, 1000)]
+    return next(name for name in names if not (name / "checkpoint.pt").exists())
+
+
+def print_evaluation(args):
+    """The generalisation of section 3.1: the metrics after each number of iterations, on any number of objects and slots."""
+    checkpoint = load_checkpoint(args.eval)
+    config = make_config(args, checkpoint)
+    device = torch.device(config["device"])
+    dtype = choose_dtype(config["dtype"], device)
+    scenes = load_scenes(config, "eval").to(device)
+    model = load_model(checkpoint, args.eval).to(device, memory_format=torch.channels_last)
+    print(f"{args.eval}, step {checkpoint['step']:,}: {len(scenes):,} held-out scenes of {config['data']} with "
+          f"{config['min_objects']} to {config['max_objects']} objects, {config['num_slots']} slots")
+    typed = "num_iterations" in vars(args)
+    for num_iterations in [config["num_iterations"]] if typed else range(1, 9):
+        model.slot_attention.num_iterations = num_iterations
+        result = evaluate(model, config, scenes, device, dtype)
+        print(f"{num_iterations} iterations  " + "  ".join(f"{NAMES[key]} {value:.4f}" for key, value in result.items()))
+
+
+if __name__ == "__main__":
+    main()

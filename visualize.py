@@ -1,0 +1,135 @@
+"""Draws what a trained model sees: the paper's Figure 3.
+
+    python visualize.py                  the newest run under runs/
+    python visualize.py RUN              a run's folder, or a checkpoint file
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+
+import train
+from data import say
+from slot_attention import SlotAttentionAutoEncoder
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend that needs no screen
+
+BACKGROUND = 1.0  # slot pictures stand on white, as in the paper
+
+
+def slot_colors(num_slots):
+    """[K, 3] in 0 to 1: one colour per slot, the same in every panel."""
+    colors = plt.get_cmap("tab10" if num_slots <= 10 else "tab20").colors
+    return torch.tensor([colors[k % len(colors)] for k in range(num_slots)])
+
+
+def to_rgb(picture):
+    """[..., 3, H, W] in [-1, 1] -> [..., H, W, 3] in [0, 1]."""
+    return (picture.float() / 2 + 0.5).clamp(0, 1).movedim(-3, -1)
+
+
+def colored(weights, colors):
+    """Weights [K, H, W] that sum to 1 over the slots -> [H, W, 3], each slot in its colour."""
+    return torch.einsum("khw,kc->hwc", weights.float(), colors).clamp(0, 1)
+
+
+def over_image(weights, image, colors):
+    """One slot after the other: its weights [K, H, W] in its colour, over the greyed image [3, H, W] -> [K, H, W, 3]."""
+    grey = to_rgb(image).mean(-1, keepdim=True) * 0.6 + 0.2                   # [H, W, 1]
+    weights = weights[..., None].float()                                      # [K, H, W, 1]
+    return (1 - weights) * grey + weights * colors[:, None, None]
+
+
+def decomposition_row(output, i, image, colors):
+    """Image, reconstruction, coloured masks, then each slot's picture where its mask is: Figure 3 (a) and (c)."""
+    masks = output.masks[i, :, 0]                                             # [K, H, W]
+    slots = to_rgb(output.recons[i]) * masks[..., None] + (1 - masks[..., None]) * BACKGROUND
+    return [to_rgb(image), to_rgb(output.recon_combined[i]), colored(masks, colors), *slots]
+
+
+@torch.no_grad()
+def figure_3(model, images, noise, num_iterations=None, panels="abc"):
+    """images [B, 3, H, W] in [-1, 1], noise [B, K, D] for the initial slots -> a matplotlib figure.
+
+    (a) every image taken apart; (b) the attention of the first image at each iteration, each cell of the feature map drawn
+    as a block of pixels (nearest); (c) its decomposition after each iteration."""
+    num_slots, num_iterations = noise.shape[1], num_iterations or model.slot_attention.num_iterations
+    colors, size = slot_colors(num_slots), images.shape[2:]
+    slots = model.slot_attention.init_slots(noise)
+    steps = [model(images, slots=slots, num_iterations=t + 1) for t in range(num_iterations)]
+    output, first = steps[-1], images[0]
+
+    rows = {
+        "a": [(f"scene {i + 1}", decomposition_row(output, i, image, colors)) for i, image in enumerate(images)],
+        "b": [], "c": [(f"iteration {t + 1}", decomposition_row(step, 0, first, colors)) for t, step in enumerate(steps)]}
+    for t in range(num_iterations):
+        attn = F.interpolate(output.attn[0, t][None].float(), size, mode="nearest-exact")[0]      # [K, H, W]
+        rows["b"].append((f"iteration {t + 1}", [to_rgb(first), None, colored(attn, colors), *over_image(attn, first, colors)]))
+    titles = {"a": "(a) Decomposition", "b": "(b) Attention at each iteration", "c": "(c) Decomposition after each iteration"}
+
+    columns = 3 + num_slots
+    heights = [len(rows[panel]) + 0.55 for panel in panels]
+    figure = plt.figure(figsize=(1.15 * columns + 0.6, 1.15 * sum(heights) + 0.1), layout="constrained")
+    parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for panel, part in zip(panels, parts):
+        part.suptitle(titles[panel], x=0.01, ha="left", fontsize=11, fontweight="bold")
+        axes = part.subplots(len(rows[panel]), columns, squeeze=False)
+        heads = ["image", "" if panel == "b" else "reconstruction", "attention" if panel == "b" else "masks"]
+        for axis, head in zip(axes[0], heads + [f"slot {k + 1}" for k in range(num_slots)]):
+            axis.set_title(head, fontsize=9)
+        for row, (label, pictures) in zip(axes, rows[panel]):
+            row[0].set_ylabel(label, fontsize=9)
+            for k, (axis, picture) in enumerate(zip(row, pictures)):
+                axis.set(xticks=[], yticks=[])
+                if picture is None:
+                    axis.axis("off")
+                    continue
+                axis.imshow(picture.numpy(), interpolation="nearest")
+                if k >= 3:  # the frame is the legend: the slot's colour
+                    for spine in axis.spines.values():
+                        spine.set(color=colors[k - 3].tolist(), linewidth=2)
+    return figure
+
+
+def newest_run():
+    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise FileNotFoundError("no run under runs/: train one with python train.py, or name a run's folder")
+    return runs[-1].parent
+
+
+def main(argv=None):
+    parser = train.Parser(prog="visualize.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint; the newest under runs/ if not given")
+    parser.add_argument("--figure", choices=("a", "b", "c", "all"), default="all", help="which parts of Figure 3")
+    parser.add_argument("--count", type=train.parse_value(1), default=4, help="scenes in part (a), from the held-out split")
+    parser.add_argument("--num-slots", type=train.parse_value(1), help="other than in training")
+    parser.add_argument("--num-iterations", type=train.parse_value(1), help="other than in training")
+    parser.add_argument("--data-root", help="where the real files are, if not where training found them")
+    parser.add_argument("--seed", type=train.parse_value(0), default=0, help="of the slots' initial noise")
+    parser.add_argument("--out", help="the picture's path; figure.png in the run's folder if not given")
+    args = parser.parse_args(argv)
+    try:
+        run = Path(args.run or newest_run())
+        checkpoint = train.load_checkpoint(run)
+        config = checkpoint["config"]
+        model = train.load_model(checkpoint, run)
+        scenes = train.load_scenes({**config, "data_root": args.data_root or config["data_root"], "download": False}, "eval")
+        count = min(args.count, len(scenes))
+        images = scenes.batch(torch.arange(count))["image"]
+        generator = torch.Generator().manual_seed(args.seed)
+        noise = torch.randn(count, args.num_slots or config["num_slots"], config["slot_dim"], generator=generator)
+        figure = figure_3(model, images, noise, args.num_iterations, "abc" if args.figure == "all" else args.figure)
+        out = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "figure.png"
+        figure.savefig(out, dpi=120)
+        say(f"drew {out}")
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
