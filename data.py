@@ -266,13 +266,13 @@ def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects
     def prepare(scene):
         path, objects = scene
         try:
-            image = torchvision.io.decode_image(torchvision.io.read_file(str(path)), torchvision.io.ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: missing, or damaged ({str(error).splitlines()[0]})") from None
+            image = np.array(torchvision.datasets.folder.default_loader(path))  # [320, 480, 3], without the alpha channel
+        except (OSError, SyntaxError) as error:  # PIL reports some damage as a SyntaxError
+            raise ValueError(f"{path}: missing or damaged ({error})") from None
         factors = {key: [0] + [names.index(o[key]) + 1 for o in objects] for key, names in CLEVR_CODES.items()}
         factors.update({axis: [0] + [o["3d_coords"][i] for o in objects] for i, axis in enumerate("xyz")})
         target = clevr_target({key: np.array(values) for key, values in factors.items()})
-        return {"image": resize(image.permute(1, 2, 0).numpy(), resolution, crop)[None],
+        return {"image": resize(image, resolution, crop)[None],
                 "objects": np.uint8([len(objects)]), "target": target[None]}
 
     arrays = cached(root / "cache" / f"clevr_v1-{resolution}", [str(folder), *stamps, resolution, crop], scenes, prepare)
@@ -786,6 +786,18 @@ def _draw(rng, number):
     return scenes
 
 
+def project(points, camera=_CAMERA):
+    """CLEVR's 3d_coords [..., 3] -> column, row (pixels of the 480 x 320 frame) and depth [..., 3], as a camera at `camera`
+    [..., 3] sees them; the mean camera if not given, whose error in CLEVR_v1.0 is a few pixels."""
+    camera = np.asarray(camera)
+    forward = -camera / np.linalg.norm(camera, axis=-1, keepdims=True)
+    right = np.cross(forward, (0, 0, 1))
+    right /= np.linalg.norm(right, axis=-1, keepdims=True)
+    axes = np.stack((right, np.cross(forward, right), forward), -1)  # right, down, ahead
+    view = ((points - camera)[..., None, :] @ axes)[..., 0, :]
+    return np.concatenate((view[..., :2] / view[..., 2:] * _FOCAL + np.array(_FRAME) / 2, view[..., 2:]), -1)
+
+
 def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, crop=True, device="cpu"):
     """Scenes after CLEVR (Johnson et al. 2017), in the layout of DeepMind's CLEVR with masks; E = 11 entities.
 
@@ -821,14 +833,9 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
         mask[start:start + batch] = entity[:, None] == np.arange(11)[:, None, None]
 
     camera, lamps, exists = scenes.pop("camera"), scenes.pop("lamps"), scenes["shape"] > 0
-    forward = -camera / np.linalg.norm(camera, axis=1, keepdims=True)
-    right = np.cross(forward, (0, 0, 1))
-    right /= np.linalg.norm(right, axis=1, keepdims=True)
-    axes = np.stack((right, np.cross(forward, right), forward), 2)  # right, down, ahead
-    view = (np.stack([scenes[key] for key in "xyz"], 2) - camera[:, None]) @ axes
-    frame = view[..., :2] / view[..., 2:] * _FOCAL + np.array(_FRAME) / 2
+    coords = project(np.stack([scenes[key] for key in "xyz"], 2), camera[:, None])
     scale = resolution / np.array((window[2] - window[0], window[3] - window[1]))
-    coords = np.concatenate(((frame - window[:2]) * scale, view[..., 2:]), 2) * exists[..., None]
+    coords = np.concatenate(((coords[..., :2] - window[:2]) * scale, coords[..., 2:]), 2) * exists[..., None]
     padded = {key: np.pad(value, ((0, 0), (1, 0))) for key, value in scenes.items()}
     return {"image": image, "mask": mask, **padded,
             "pixel_coords": np.pad(coords, ((0, 0), (1, 0), (0, 0))).astype(np.float32),

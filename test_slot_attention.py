@@ -23,6 +23,7 @@ import data
 import slot_attention as sa
 import train
 import visualize
+from visualize import plt
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE / "assets"
@@ -392,3 +393,367 @@ def test_average_precision_of_a_whole_set_takes_seconds():
     start = time.perf_counter()
     assert sa.average_precision_clevr(torch.from_numpy(target), torch.from_numpy(target), 0.125) > 0.999
     assert time.perf_counter() - start < 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", data.TFRECORDS)
+def test_tfrecords_equal_tensorflow(name):
+    expected = np.load(ASSETS / "tfrecords" / f"{name}_sample.npz")
+    scenes = list(data.read_tfrecords(ASSETS / "tfrecords" / f"{name}_sample.tfrecords", name))
+    assert len(scenes) == len(expected["image"])
+    for i, scene in enumerate(scenes):
+        assert set(scene) == set(expected.files)
+        for key, array in scene.items():
+            wanted = expected[key][i, ..., 0] != 0 if key == "mask" else expected[key][i]
+            assert array.shape == wanted.shape and (array.dtype == np.uint8 or array.dtype == np.float32)
+            np.testing.assert_array_equal(array, wanted)
+
+
+@pytest.mark.parametrize("name", ["tetrominoes", "clevr_with_masks"])
+def test_damaged_tfrecords_are_refused(tmp_path, name):
+    whole = (ASSETS / "tfrecords" / f"{name}_sample.tfrecords").read_bytes()
+    raw, path, rng = gzip.decompress(whole), tmp_path / "damaged.tfrecords", np.random.default_rng(0)
+
+    def refused(content, record=None):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=str(path) + (f", record {record}" if record is not None else "")):
+            list(data.read_tfrecords(path, name))
+
+    refused(b"")
+    refused(b"no gzip")
+    refused(gzip.compress(b""))
+    refused(gzip.compress(raw[:5]), record=0)
+    refused(gzip.compress(raw[:-7]), record=len(np.load(ASSETS / "tfrecords" / f"{name}_sample.npz")["image"]) - 1)
+    refused(gzip.compress((2 ** 40).to_bytes(8, "little") + data.masked_crc32c((2 ** 40).to_bytes(8, "little"))
+                          .to_bytes(4, "little") + raw[12:]), record=0)
+    for _ in range(10):
+        refused(whole[:rng.integers(1, len(whole))])
+        flipped = bytearray(raw)
+        flipped[rng.integers(12)] ^= 1 << rng.integers(8)  # a length, or its checksum
+        refused(gzip.compress(bytes(flipped), 1), record=0)
+    other = "tetrominoes" if name != "tetrominoes" else "multi_dsprites_colored_on_colored"
+    with pytest.raises(ValueError, match="not " + other):
+        path.write_bytes(whole)
+        list(data.read_tfrecords(path, other))
+
+
+def test_tetrominoes_follow_the_law():
+    scenes = data.make_tetrominoes(2000, 0)
+    image, mask = scenes["image"], scenes["mask"]
+    assert image.shape == (2000, 35, 35, 3) and mask.shape == (2000, 4, 35, 35) and image.dtype == mask.dtype == np.uint8
+    assert (mask.sum(1) == 1).all() and (mask[:, 1:].sum((2, 3)) == 100).all()  # whole, inside, and none over another
+    assert (image[mask[:, 0] == 1] == 0).all()
+    assert len({tuple(map(tuple, cells)) for cells in data.TETROMINOES}) == 19
+    assert set(scenes["shape"][:, 1:].flatten()) == set(range(1, 20)) and (scenes["shape"][:, 0] == 0).all()
+    assert len(np.unique(scenes["color"][:, 1:].reshape(-1, 3), axis=0)) == 6
+    rows = np.arange(35)
+    top, bottom = (np.where(mask[:, 1:].any(3), rows, fill) for fill in (99, -1))
+    np.testing.assert_allclose((top.min(2) + bottom.max(2)) / 2, scenes["y"][:, 1:])
+    assert set(np.unique(top.min(2))) == set(range(31))  # any pixel, no grid
+    again = data.make_tetrominoes(2000, 0)
+    assert all((again[key] == scenes[key]).all() for key in scenes)
+    assert (data.make_tetrominoes(2000, 1)["image"] != image).any()
+
+
+@pytest.mark.skipif(not SAMPLES.exists(), reason="the real scenes are not in the project")
+def test_real_tetrominoes_are_drawn_to_the_pixel():
+    real = np.load(SAMPLES / "tetrominoes" / "real_3.npz")
+    known = [sorted(cells) for cells in data.TETROMINOES]
+    for image, mask in zip(real["image"], real["mask"] > 0):
+        pieces, corners, colors = [], [], []
+        for piece in mask[1:]:
+            rows, cols = np.nonzero(piece)
+            corners.append((rows.min(), cols.min()))
+            cells = sorted({(int(r - rows.min()) // 5, int(c - cols.min()) // 5) for r, c in zip(rows, cols)})
+            pieces.append(known.index(cells))
+            colors.append(image[piece].max(0) > 0)
+        ours, ours_mask = data.draw_tetrominoes(np.array([pieces]), np.array([corners]), np.array([colors]))
+        np.testing.assert_array_equal(ours[0], image)
+        np.testing.assert_array_equal(ours_mask[0], mask)
+
+
+def test_multi_dsprites_follow_the_law():
+    scenes = data.make_multi_dsprites(500, 0)
+    image, mask, there = scenes["image"], scenes["mask"], scenes["visibility"]
+    assert image.shape == (500, 64, 64, 3) and mask.shape == (500, 6, 64, 64) and (mask.sum(1) == 1).all()
+    assert set(there.sum(1)) == {3, 4, 5, 6}
+    assert (mask.any((2, 3)) <= (there > 0)).all() and mask[:, 1:].any((2, 3))[there[:, 1:] > 0].mean() > 0.97
+    color = (scenes["color"] * 255).round()[np.arange(500)[:, None, None], mask.argmax(1)]
+    assert np.abs(color - image).max() <= 1
+    assert (scenes["color"][:, 0].std(1) < 1e-6).all()
+    again = data.make_multi_dsprites(500, 0)
+    assert all((again[key] == scenes[key]).all() for key in scenes)
+
+
+def test_clevr_like_follows_the_law():
+    scenes = data.make_clevr_like(8, 0, resolution=64)
+    image, mask, there = scenes["image"], scenes["mask"], scenes["visibility"][:, 1:] > 0
+    assert image.shape == (8, 64, 64, 3) and mask.shape == (8, 11, 64, 64) and (mask.sum(1) == 1).all()
+    assert there.sum(1).min() >= 3 and there.sum(1).max() <= 10
+    for key, codes in (("size", 2), ("material", 2), ("shape", 3), ("color", 8)):
+        assert set(scenes[key][:, 1:][there]) <= set(range(1, codes + 1)) and not scenes[key][:, 1:][~there].any()
+    assert np.abs(scenes["x"]).max() <= 3 and set(scenes["z"][:, 1:][there].round(2)) == {np.float32(0.7), np.float32(0.35)}
+    # a small sphere's centre is where its mask is, if nothing stands before it
+    rows, cols = np.arange(64)[:, None] + 0.5, np.arange(64) + 0.5
+    errors = []
+    for i, e in zip(*np.nonzero(mask[:, 1:].sum((2, 3)) > 20)):
+        m = mask[i, e + 1]
+        errors.append(np.hypot((m * cols).sum() / m.sum() - scenes["pixel_coords"][i, e + 1, 0],
+                               (m * rows).sum() / m.sum() - scenes["pixel_coords"][i, e + 1, 1]))
+    assert np.median(errors) < 0.6
+    again = data.make_clevr_like(5, 0, resolution=64)
+    assert all((again[key] == scenes[key][:5]).all() for key in ("image", "mask", "x"))
+    few = data.make_clevr_like(8, 1, resolution=32, min_objects=7, max_objects=8, crop=False)
+    assert set(few["visibility"].sum(1)) <= {8, 9}
+
+
+@pytest.mark.skipif(not SAMPLES.exists(), reason="the real scenes are not in the project")
+def test_camera_and_crop_agree_with_real_clevr():
+    scenes = json.loads((SAMPLES / "CLEVR_v1.0/scenes/CLEVR_train_scenes.json").read_text())["scenes"]
+    objects = [o for scene in scenes for o in scene["objects"]]
+    points, pixels = np.array([o["3d_coords"] for o in objects]), np.array([o["pixel_coords"][:2] for o in objects])
+    error = data.project(points)[:, :2] - pixels
+    assert np.abs(error).mean() < 3.5 and np.abs(error.mean(0)).max() < 2  # the cameras' jitter, and no offset
+    inside = []
+    for top, bottom, left, right in (data.CLEVR_CROP[320, 480], data.CLEVR_CROP[240, 320]):
+        inside.append(((pixels >= (left, top)) & (pixels < (right, bottom))).all(1).mean())
+    assert inside[0] > 0.85 and inside[1] < 0.65  # the physically equal window, and the official off-centre one
+
+
+def clevr_v1(folder, count=12, seed=0):
+    """A tiny CLEVR_v1.0 of generated pictures in the real layout -> its path and scenes."""
+    made, scenes = data.make_clevr_like(count, seed, resolution=32, crop=False), []
+    for part in ("images/train", "scenes"):
+        (folder / "CLEVR_v1.0" / part).mkdir(parents=True)
+    for i, image in enumerate(made["image"]):
+        name = f"CLEVR_train_{i:06}.png"
+        picture = F.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].float(), (320, 480)).byte()[0]
+        plt.imsave(folder / "CLEVR_v1.0/images/train" / name, picture.permute(1, 2, 0).numpy())  # RGBA, as the real ones
+        objects = [{"3d_coords": [float(made[a][i, e]) for a in "xyz"], "rotation": 0.0, "pixel_coords": [0, 0, 0],
+                    **{key: names[made[key][i, e] - 1] for key, names in data.CLEVR_CODES.items()}}
+                   for e in range(1, 11) if made["visibility"][i, e]]
+        scenes.append({"image_filename": name, "objects": objects})
+    (folder / "CLEVR_v1.0/scenes/CLEVR_train_scenes.json").write_text(json.dumps({"scenes": scenes}))
+    return folder, made
+
+
+def test_clevr_v1_is_read(tmp_path, capsys):
+    root, made = clevr_v1(tmp_path)
+    counts = (made["visibility"].sum(1) - 1).astype(int)
+    scenes = data.load("clevr", "train", root, resolution=32, crop="none")
+    held_out = data.load("clevr", "eval", root, resolution=32, crop="none")
+    assert len(scenes) + len(held_out) == 12 and set(scenes.index.tolist()).isdisjoint(held_out.index.tolist())
+    assert len(data.load("clevr", "train", root, resolution=32, crop="none", max_objects=6)) == (counts[:len(scenes)] <= 6).sum()
+    batch = scenes.batch(torch.arange(4))
+    assert batch["image"].shape == (4, 3, 32, 32) and batch["image"].is_contiguous(memory_format=torch.channels_last)
+    ours = (batch["image"] / 2 + 0.5).permute(0, 2, 3, 1).numpy() * 255
+    assert np.abs(ours - made["image"][:4]).mean() < 1  # the PNGs are the pictures blown up
+    wanted = [data.clevr_target({key: made[key][i] for key in made}) for i in range(4)]
+    np.testing.assert_allclose(batch["target"], wanted, atol=1e-6)
+
+
+def test_targets_have_the_official_order():
+    scene = {"size": [0, 1, 2], "material": [0, 1, 2], "shape": [0, 1, 3], "color": [0, 8, 6], "x": [0, -3, 3], "y": [0, 0, 1.5],
+             "z": [0, 0.7, 0.35]}
+    target = data.clevr_target({key: np.array(values) for key, values in scene.items()})
+    #                   size small, large | rubber, metal | cube, sphere, cyl. | gray, blue, brown, yellow, red, green, purple, cyan | real
+    np.testing.assert_allclose(target[0], [0, .5, 3.7 / 6, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1], rtol=1e-6)
+    np.testing.assert_allclose(target[1], [1, .75, 3.35 / 6, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1], rtol=1e-6)
+    assert not target[2:].any()
+
+
+def test_masks_and_images_are_cropped_alike(tmp_path):
+    """The masks file: crop as in the paper, evaluation after training, CLEVR6 by visibility, the cache rebuilt on a change."""
+    for name in ("clevr_with_masks_train", "multi_dsprites_colored_on_grayscale", "tetrominoes_train"):
+        source = ASSETS / "tfrecords" / f"{name.removesuffix('_train')}_sample.tfrecords"
+        (tmp_path / f"{name}.tfrecords").write_bytes(source.read_bytes())
+    expected = np.load(ASSETS / "tfrecords" / "clevr_with_masks_sample.npz")
+    scenes = data.load("clevr", "train", tmp_path, resolution=192)
+    batch = scenes.batch(torch.arange(len(scenes)))
+    for i, index in enumerate(scenes.index.tolist()):
+        ours = ((batch["image"][i] + 1) * 127.5).round().byte().permute(1, 2, 0)
+        np.testing.assert_array_equal(ours, expected["image"][index, 29:221, 64:256])
+        np.testing.assert_array_equal(batch["label"][i], expected["mask"][index, :, 29:221, 64:256, 0].argmax(0))
+    for name in ("tetrominoes", "multi_dsprites"):
+        assert len(data.load(name, "train", tmp_path)) == 5 and len(data.load(name, "eval", tmp_path)) == 1
+    folders = len(list((tmp_path / "cache").iterdir()))
+    data.load("tetrominoes", "train", tmp_path)
+    assert len(list((tmp_path / "cache").iterdir())) == folders
+    os.utime(tmp_path / "tetrominoes_train.tfrecords", (1, 1))
+    data.load("tetrominoes", "train", tmp_path)
+    assert len(list((tmp_path / "cache").iterdir())) == folders + 1
+
+
+def test_cache_is_whole_or_not_there(tmp_path):
+    root, _ = clevr_v1(tmp_path)
+    (root / "CLEVR_v1.0/images/train/CLEVR_train_000007.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="CLEVR_train_000007.png"):
+        data.load("clevr", "train", root, resolution=32)
+    assert not list((root / "cache").iterdir())
+    (root / "CLEVR_v1.0/images/train/CLEVR_train_000007.png").unlink()
+    with pytest.raises(ValueError, match="CLEVR_train_000007.png: missing"):
+        data.load("clevr", "train", root, resolution=32)
+    data.load("multi_dsprites", "eval", root, count=3)
+    file, = (root / "cache").glob("*/label.bin")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="delete it"):
+        data.load("multi_dsprites", "eval", root, count=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, resuming, figures, bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+TINY = ("--data tetrominoes --small --train-count 64 --eval-count 8 --batch-size 8 --steps 6 --eval-every 3 --log-every 1 "
+        "--dtype float32 --device cpu --no-compile --encoder-channels 8 --decoder-channels 8 --slot-dim 8").split()
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_training_repeats_resumes_and_draws(tmp_path, capsys):
+    whole, again, parts = (tmp_path / name for name in ("whole", "again", "parts"))
+    train.main([*TINY, "--out", str(whole)])
+    rows = log_of(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(-1 <= rows[i]["ari"] <= 1 for i in (2, 5)) and (whole / "figure.png").stat().st_size > 10_000
+    train.main([*TINY, "--out", str(again)])
+    assert without_times(log_of(again)) == without_times(rows)
+
+    train.main([*TINY, "--steps", "3", "--out", str(parts)])
+    (parts / "log.jsonl").open("a").write('{"step": 4, "loss": 0.0}\n')  # logged after the checkpoint, by a killed run
+    train.main(["--resume", str(parts), "--steps", "6", "--device", "cpu", "--no-compile", "--dtype", "float32", "--log-every", "1"])
+    assert without_times(log_of(parts)) == without_times(rows)
+    weights = [train.load_checkpoint(run)["model"] for run in (whole, again, parts)]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]) and torch.equal(value, weights[2][name]), name
+
+    capsys.readouterr()
+    train.main(["--eval", str(whole), "--device", "cpu", "--dtype", "float32", "--num-slots", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "5 slots" in lines[0] and len(lines) == 9 and all("FG-ARI" in line for line in lines[1:])
+    for figure in "abc":
+        visualize.main([str(whole / "checkpoint.pt"), "--figure", figure, "--num-slots", "6", "--num-iterations", "2",
+                        "--count", "2", "--out", str(tmp_path / f"{figure}.png")])
+        assert (tmp_path / f"{figure}.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_saves_first(tmp_path, number):
+    out = tmp_path / "run"
+    command = [sys.executable, str(HERE / "train.py"), *TINY, "--steps", "100000", "--eval-every", "100000", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not ((out / "log.jsonl").exists() and len(log_of(out)) > 3):
+        time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert "--resume" in process.stderr.read()
+    assert train.load_checkpoint(out)["step"] == log_of(out)[-1]["step"]
+
+
+def test_train_on_the_original_clevr(tmp_path):
+    root, _ = clevr_v1(tmp_path, count=20)
+    flags = ("--data clevr --resolution 32 --decoder-strides 2,2,1 --encoder-channels 8 --decoder-channels 8 --batch-size 2 --steps 2 "
+             "--device cpu --no-compile").split()
+    train.main([*flags, "--data-root", str(root), "--max-objects", "10", "--out", str(tmp_path / "run")])
+    assert "ari" not in log_of(tmp_path / "run")[-1] and (tmp_path / "run" / "figure.png").exists()
+
+
+def test_train_set_prediction(tmp_path):
+    root, _ = clevr_v1(tmp_path, count=20)
+    flags = ("--data clevr --task set_prediction --resolution 32 --encoder-channels 8 --batch-size 4 --steps 2 --device cpu "
+             "--no-compile").split()
+    train.main([*flags, "--data-root", str(root), "--out", str(tmp_path / "run")])
+    assert set(log_of(tmp_path / "run")[-1]["ap"]) == {"inf", "1", "0.5", "0.25", "0.125"}
+    assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
+
+
+def refused(capsys, main, flags):
+    """One line on stderr, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--data nothing", "nothing"), ("--steps 0", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--lr inf", "--lr"),
+    ("--batch-size x", "--batch-size"), ("--encoder-strides 1,0", "--encoder-strides"), ("--unknown 1", "unknown"),
+    ("--data clevr --data-root /nowhere", "--download"), ("--data clevr --small", "--small"),
+    ("--task set_prediction --data tetrominoes", "--task"), ("--resume /nowhere", "no checkpoint"),
+    ("--eval /nowhere", "no checkpoint"), ("--data multi_dsprites_on_colored --data-root /nowhere", "no multi_dsprites"),
+    ("--train-count 8 --batch-size 64 --eval-count 8", "--batch-size")])
+def test_bad_flags(capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    flags = flags.split()
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and message in error and "Traceback" not in error
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["EVIL_FOLDER"],))
+
+
+def test_bad_checkpoints(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("EVIL_FOLDER", str(tmp_path / "evil"))
+    run = tmp_path / "run"
+    train.main([*TINY, "--steps", "1", "--out", str(run)])
+    good = torch.load(run / "checkpoint.pt", weights_only=True)
+    path = tmp_path / "bad.pt"
+    content = (run / "checkpoint.pt").read_bytes()
+    for bad in (b"", b"text", content[:1000], content[:-1000]):
+        path.write_bytes(bad)
+        assert str(path) in refused(capsys, visualize.main, [str(path)])
+        assert str(path) in refused(capsys, train.main, ["--eval", str(path)])
+    for bad in (Evil(), [1, 2], {"model": 1}, {**good, "config": {}}, {**good, "model": {}},
+                {**good, "config": {**good["config"], "slot_dim": 16}}):
+        torch.save(bad, path)
+        assert str(path) in refused(capsys, visualize.main, [str(path)])
+    assert not (tmp_path / "evil").exists()
+    assert "holds a run" in refused(capsys, train.main, [*TINY, "--out", str(run)])
+    assert "slot-dim" in refused(capsys, train.main, ["--resume", str(run), "--slot-dim", "16"])
+
+
+def test_failed_write_keeps_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    out = tmp_path / "run"
+    train.main([*TINY, "--steps", "3", "--out", str(out)])
+    before = (out / "checkpoint.pt").read_bytes()
+    code = f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); import train; " \
+           "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); import signal; " \
+           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
+           f"train.main(['--resume', {str(out)!r}, '--steps', '6', '--device', 'cpu', '--no-compile'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2 and "cannot write" in result.stderr and "Traceback" not in result.stderr
+    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.part"))
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
+    out = tmp_path / "run"
+    train.main([*TINY, "--steps", "3", "--out", str(out)])
+    assert "lr" in refused_last(capsys, ["--resume", str(out), "--steps", "60", "--lr", "1e30", "--clip", "0", "--device", "cpu",
+                                         "--no-compile", "--dtype", "float32"])
+    assert train.load_checkpoint(out)["step"] == 3
+
+
+def refused_last(capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]

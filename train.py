@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 import data
 from data import say
-from slot_attention import SlotAttentionAutoEncoder, SlotAttentionClassifier, adjusted_rand_index
+from slot_attention import (SetPrediction, SlotAttentionAutoEncoder, SlotAttentionClassifier, adjusted_rand_index,
+                            average_precision_clevr, hungarian_huber_loss)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiments. Each value is a flag: batch_size is --batch-size.
@@ -57,16 +58,32 @@ RECIPE = {  # the paper's for CLEVR6 (appendix E.3), and what each value means
 }
 FULL_RESOLUTION = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), max_objects=10,
                        train_count=60_000)
-EXPERIMENTS = {  # what differs from that
-    "clevr": {},
-    "clevr_like": {},
-    "multi_dsprites": dict(FULL_RESOLUTION, num_slots=6, resolution=64),
-    "multi_dsprites_on_colored": dict(FULL_RESOLUTION, num_slots=5, resolution=64),
-    "tetrominoes": dict(FULL_RESOLUTION, num_slots=4, resolution=35),
+SET_PREDICTION = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), max_objects=10, eval_count=15_000, batch_size=512,
+                      steps=150_000, warmup=1_000, decay_steps=50_000)
+EXPERIMENTS = {  # task -> dataset -> what differs from that
+    "object_discovery": {
+        "clevr": {},
+        "clevr_like": {},
+        "multi_dsprites": dict(FULL_RESOLUTION, num_slots=6, resolution=64),
+        "multi_dsprites_on_colored": dict(FULL_RESOLUTION, num_slots=5, resolution=64),
+        "tetrominoes": dict(FULL_RESOLUTION, num_slots=4, resolution=35),
+    },
+    "set_prediction": {"clevr": SET_PREDICTION, "clevr_like": SET_PREDICTION},
 }
+QUICK = dict(lr=3e-3, warmup=100, decay_steps=400, beta2=0.95, clip=1.0, eval_every=250)
 SMALL = {  # and with --small, for minutes on a CPU
-    "tetrominoes": dict(encoder_strides=(1, 2, 1), decoder_strides=(1, 1), pixel_shuffle=3, train_count=30_000, eval_count=512,
-                        steps=2_000, lr=3e-3, warmup=100, decay_steps=400, beta2=0.95, clip=1.0, eval_every=250),
+    "object_discovery": {
+        "tetrominoes": dict(QUICK, encoder_strides=(1, 2, 1), decoder_strides=(1, 1), pixel_shuffle=3, train_count=40_000,
+                            eval_count=512, steps=2_000),
+        "multi_dsprites": dict(QUICK, encoder_strides=(2, 2, 1), decoder_strides=(1, 1), pixel_shuffle=4, train_count=20_000,
+                               steps=2_000),
+        "clevr_like": dict(QUICK, resolution=64, encoder_channels=32, encoder_strides=(2, 2, 1), decoder_channels=32,
+                           decoder_strides=(1, 1), pixel_shuffle=4, train_count=10_000, steps=2_000),
+    },
+    "set_prediction": {
+        "clevr_like": dict(QUICK, resolution=64, encoder_channels=32, train_count=10_000, eval_count=1_000, batch_size=64,
+                           lr=1e-3, steps=4_000, decay_steps=800, eval_every=500),
+    },
 }
 MODEL_KEYS = list(RECIPE)[:12]
 
@@ -165,26 +182,46 @@ def batches(config, scenes, step, device):
         step += 1
 
 
-def compute_loss(model, batch, slots_noise, device, dtype):
+def run(model, batch, slots_noise, device, dtype):
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        output = model(batch["image"], slots=model.slot_attention.init_slots(slots_noise))
+        return model(batch["image"], slots=model.slot_attention.init_slots(slots_noise))
+
+
+def compute_loss(output, batch):
+    """Mean squared error over batch, pixels and channels (section 3.1), or the set prediction's loss (section 3.2)."""
+    if isinstance(output, SetPrediction):
+        return hungarian_huber_loss(output.predictions, batch["target"])
     return F.mse_loss(output.recon_combined, batch["image"])
 
 
 @torch.no_grad()
 def evaluate(model, config, scenes, device, dtype):
-    """-> {"eval_loss": mean squared error, "ari": mean FG-ARI where there are masks} over all scenes of a split."""
-    loss, ari, size = 0.0, [], config["batch_size"]
+    """-> {"eval_loss", and "ari": mean FG-ARI where there are masks, or "ap": {threshold: AP}} over a whole split."""
+    loss, aris, predictions, targets, size = 0.0, [], [], [], config["batch_size"]
     for start in range(0, len(scenes), size):
         batch = scenes.batch(torch.arange(start, min(start + size, len(scenes))), device)
-        slots_noise = noise(config, -1 - start, device)[:len(batch["image"])]
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            output = model(batch["image"], slots=model.slot_attention.init_slots(slots_noise))
-        loss += F.mse_loss(output.recon_combined, batch["image"]).item() * len(batch["image"]) / len(scenes)
-        if "label" in batch:
+        output = run(model, batch, noise(config, -1 - start, device)[:len(batch["image"])], device, dtype)
+        loss += compute_loss(output, batch).item() * len(batch["image"]) / len(scenes)
+        if isinstance(output, SetPrediction):
+            predictions.append(output.predictions)
+            targets.append(batch["target"])
+        elif "label" in batch:
             true_mask = F.one_hot(batch["label"].flatten(1).long())[..., 1:]  # [B, P, E]: the background's channel dropped
-            ari.append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
-    return {"eval_loss": loss, **({"ari": torch.cat(ari).mean().item()} if ari else {})}
+            aris.append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
+    result = {"eval_loss": loss}
+    if aris:
+        result["ari"] = torch.cat(aris).mean().item()
+    if predictions:
+        result["ap"] = {str(threshold): average_precision_clevr(torch.cat(predictions), torch.cat(targets), threshold)
+                        for threshold in (math.inf, 1, 0.5, 0.25, 0.125)}
+    return result
+
+
+def describe(result):
+    """An evaluation as people read it."""
+    names = {"eval_loss": "held-out loss", "ari": "FG-ARI", "ap": "AP % at inf/1/.5/.25/.125"}
+    return "  ".join(f"{names[key]} " + ("/".join(f"{100 * ap:.1f}" for ap in value.values()) if key == "ap" else f"{value:.4f}")
+                     for key, value in result.items())
 
 
 def train(config, out, checkpoint=None):
@@ -232,7 +269,7 @@ def train(config, out, checkpoint=None):
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, *(config[k] for k in ("lr", "warmup", "decay_rate", "decay_steps")))
-        loss = compute_loss(forward, batch, noise(config, step, device), device, dtype)
+        loss = compute_loss(run(forward, batch, noise(config, step, device), device, dtype), batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config["clip"]:
@@ -257,7 +294,7 @@ def train(config, out, checkpoint=None):
         log.write(json.dumps(row) + "\n")
         left = seconds / step * (config["steps"] - step)
         line = (f"step {step:,}/{config['steps']:,}  loss {row['loss']:.5f}  {images / elapsed:,.0f} images/s  "
-                f"{clock_time(left)} left" + "".join(f"  {NAMES[key]} {value:.3f}" for key, value in result.items()))
+                f"{clock_time(left)} left  {describe(result)}")
         if at_eval or sys.stderr.isatty():
             say(f"\r{line:100}" if sys.stderr.isatty() else line, end="\n" if at_eval else "")
         if at_eval or stop:
@@ -268,9 +305,6 @@ def train(config, out, checkpoint=None):
         total.zero_()
         since, clock = step, time.perf_counter()
     say(f"trained in {clock_time(seconds)}")
-
-
-NAMES = {"eval_loss": "held-out loss", "ari": "FG-ARI"}
 
 
 def clock_time(seconds):
@@ -315,7 +349,8 @@ def parse_value(example):
 def make_parser():
     parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--data", choices=EXPERIMENTS, help="the experiment; without it the demo: --data tetrominoes --small")
+    add("--task", choices=EXPERIMENTS, default="object_discovery", help="what to learn")
+    add("--data", choices=data.DATA, help="the experiment; without it the demo: --data tetrominoes --small")
     add("--small", action="store_true", help="a small model and a short schedule, for a CPU")
     add("--data-root", default="data", help="where the real files are")
     add("--download", action="store_true", help="fetch CLEVR_v1.0 if there is no CLEVR")
@@ -345,13 +380,15 @@ def make_config(args, checkpoint=None):
         if fixed:
             raise ValueError(f"--{fixed[0].replace('_', '-')} cannot change when a run goes on (it has {config[fixed[0]]})")
     else:
-        name = args.data or "tetrominoes"
-        small = args.small or not args.data
-        if small and name not in SMALL:
-            raise ValueError(f"there is no --small for {name}; there is for {', '.join(SMALL)}")
+        name, small = args.data or "tetrominoes", args.small or not args.data
+        for choice, table in (("--task", EXPERIMENTS[args.task]), ("--small", SMALL[args.task])):
+            if name not in table and (choice != "--small" or small):
+                raise ValueError(f"there is no {choice} {args.task if choice == '--task' else ''} for {name}; "
+                                 f"there is for {', '.join(table)}")
         config = {key: value for key, (value, _) in RECIPE.items()}
-        config.update(EXPERIMENTS[name], **(SMALL[name] if small else {}))
-        config.update(data=name, task="object_discovery", seed=args.seed, crop="official" if args.official_crop else "paper")
+        config.update(EXPERIMENTS[args.task][name], **(SMALL[args.task][name] if small else {}))
+        crop = "none" if args.task == "set_prediction" else "official" if args.official_crop else "paper"
+        config.update(data=name, task=args.task, seed=args.seed, crop=crop)
     config = {**config, **typed}
     config.update({key: flags[key] for key in ("data_root", "download", "device", "dtype", "compile", "log_every")})
     return config
@@ -395,7 +432,7 @@ def print_evaluation(args):
     for num_iterations in [config["num_iterations"]] if typed else range(1, 9):
         model.slot_attention.num_iterations = num_iterations
         result = evaluate(model, config, scenes, device, dtype)
-        print(f"{num_iterations} iterations  " + "  ".join(f"{NAMES[key]} {value:.4f}" for key, value in result.items()))
+        print(f"{num_iterations} iterations  {describe(result)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ import argparse
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
 import train
 from data import say
-from slot_attention import SlotAttentionAutoEncoder
+from slot_attention import minimum_cost_matching
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend that needs no screen
@@ -95,6 +97,53 @@ def figure_3(model, images, noise, num_iterations=None, panels="abc"):
     return figure
 
 
+@torch.no_grad()
+def figure_set_prediction(model, batch, noise, num_iterations=None):
+    """batch {image [B, 3, H, W], target [B, 10, 19]} -> a figure with one row per scene: the image with the true objects'
+    places (rings), then for each slot its attention (blocks of the feature map), the place it predicts (cross) and what.
+
+    Green: the matched object has these properties and is nearer than 1. Red: not so. Grey: the slot says "no object"."""
+    images, target = batch["image"], batch["target"]
+    output = model(images, slots=model.slot_attention.init_slots(noise), num_iterations=num_iterations)
+    pred, colors = output.predictions, slot_colors(noise.shape[1])
+    rows, cols = minimum_cost_matching(F.mse_loss(*torch.broadcast_tensors(pred[:, None], target[:, :, None]), reduction="none")
+                                       .mean(-1))                             # [B, target, pred]
+    matched = torch.zeros(pred.shape).scatter_(1, cols[..., None].expand(-1, -1, 19), target.gather(1, rows[..., None].expand(
+        -1, -1, 19)))                                                         # [B, K, 19], each prediction's target
+    attn = F.interpolate(output.attn[:, -1].float(), images.shape[2:], mode="nearest-exact")
+
+    def places(coords):  # of the mean camera, in the squashed picture
+        return data.project((6 * coords - 3).numpy())[..., :2] * np.array(images.shape[:1:-1]) / (480, 320)
+
+    count, num_slots = noise.shape[:2]
+    figure, axes = plt.subplots(count, 1 + num_slots, squeeze=False, layout="constrained",
+                                figsize=(1.15 * (1 + num_slots) + 0.3, 1.75 * count + 0.4))
+    figure.suptitle("Set prediction: properties and attention of each slot   (green: right, red: wrong, grey: no object)",
+                    fontsize=10)
+    for i, row in enumerate(axes):
+        row[0].imshow(to_rgb(images[i]).numpy(), interpolation="nearest")
+        row[0].set_title(f"scene {i + 1}", fontsize=8)
+        row[0].scatter(*places(target[i, target[i, :, 18] > 0.5, :3]).T, s=40, facecolors="none", edgecolors="white", linewidths=1)
+        for k, axis in enumerate(row[1:]):
+            axis.imshow(over_image(attn[i], images[i], colors)[k].numpy(), interpolation="nearest")
+            axis.set_title(f"slot {k + 1}", fontsize=8)
+            p, t, caption = pred[i, k], matched[i, k], "no object"
+            color = "grey" if t[18] < 0.5 else "red"
+            if p[18] >= 0.5:
+                words, right, start = [], t[18] > 0.5 and (p[:3] - t[:3]).norm() * 6 < 1, 3
+                for names in data.CLEVR_TARGETS.values():
+                    words.append(names[p[start:start + len(names)].argmax()])
+                    right = right and p[start:start + len(names)].argmax() == t[start:start + len(names)].argmax()
+                    start += len(names)
+                size, material, shape, hue = words
+                caption, color = f"{size} {hue}\n{material} {shape}\n{p[18]:.0%}", "green" if right else "red"
+                axis.scatter(*places(p[:3]), marker="x", s=30, color="black", linewidths=1.5)
+            axis.set_xlabel(caption, fontsize=6.5, color=color)
+        for axis in row:
+            axis.set(xticks=[], yticks=[], xlim=(-0.5, images.shape[3] - 0.5), ylim=(images.shape[2] - 0.5, -0.5))
+    return figure
+
+
 def newest_run():
     runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
@@ -120,10 +169,13 @@ def main(argv=None):
         model = train.load_model(checkpoint, run)
         scenes = train.load_scenes({**config, "data_root": args.data_root or config["data_root"], "download": False}, "eval")
         count = min(args.count, len(scenes))
-        images = scenes.batch(torch.arange(count))["image"]
+        batch = scenes.batch(torch.arange(count))
         generator = torch.Generator().manual_seed(args.seed)
         noise = torch.randn(count, args.num_slots or config["num_slots"], config["slot_dim"], generator=generator)
-        figure = figure_3(model, images, noise, args.num_iterations, "abc" if args.figure == "all" else args.figure)
+        if config["task"] == "set_prediction":
+            figure = figure_set_prediction(model, batch, noise, args.num_iterations)
+        else:
+            figure = figure_3(model, batch["image"], noise, args.num_iterations, "abc" if args.figure == "all" else args.figure)
         out = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "figure.png"
         figure.savefig(out, dpi=120)
         say(f"drew {out}")
