@@ -54,6 +54,7 @@ RECIPE = {  # the paper's for CLEVR6 (appendix E.3), and what each value means
     "decay_steps": (100_000, "... every so many steps, smoothly"),
     "beta2": (0.999, "Adam's decay of the squared gradients"),
     "clip": (0.0, "largest norm of the gradient; 0: any"),
+    "slot_loss": (0.0, "weight of the slots' own errors in the loss, see compute_loss; not in the paper"),
     "eval_every": (5_000, "steps between evaluations"),
 }
 FULL_RESOLUTION = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), max_objects=10,
@@ -187,11 +188,18 @@ def run(model, batch, slots_noise, device, dtype):
         return model(batch["image"], slots=model.slot_attention.init_slots(slots_noise))
 
 
-def compute_loss(output, batch):
-    """Mean squared error over batch, pixels and channels (section 3.1), or the set prediction's loss (section 3.2)."""
+def compute_loss(output, batch, slot_loss=0.0):
+    """Mean squared error over batch, pixels and channels (section 3.1), or the set prediction's loss (section 3.2).
+
+    With slot_loss w, (1 - w) * error of the sum + w * sum of the slots' own errors, each weighted by its mask. The second
+    is never smaller: it adds what the slots disagree by where their masks overlap, so every pixel wants one owner."""
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
-    return F.mse_loss(output.recon_combined, batch["image"])
+    error = F.mse_loss(output.recon_combined, batch["image"])
+    if slot_loss == 0:
+        return error
+    own = (output.masks * (output.recons - batch["image"][:, None]) ** 2).sum(dim=1).mean()
+    return (1 - slot_loss) * error + slot_loss * own
 
 
 @torch.no_grad()
@@ -269,7 +277,8 @@ def train(config, out, checkpoint=None):
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, *(config[k] for k in ("lr", "warmup", "decay_rate", "decay_steps")))
-        loss = compute_loss(run(forward, batch, noise(config, step, device), device, dtype), batch)
+        output = run(forward, batch, noise(config, step, device), device, dtype)
+        loss = compute_loss(output, batch, config["slot_loss"])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config["clip"]:
