@@ -56,6 +56,8 @@ RECIPE = {  # the paper's for CLEVR6 (appendix E.3), and what each value means
     "clip": (0.0, "largest norm of the gradient; 0: any"),
     "slot_loss": (0.0, "weight of the slots' own errors in the loss, see compute_loss; not in the paper"),
     "eval_every": (5_000, "steps between evaluations"),
+    "eval_num_slots": (0, "slots at evaluation; 0: as in training"),
+    "eval_num_iterations": (0, "iterations at evaluation; 0: as in training"),
 }
 FULL_RESOLUTION = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), max_objects=10,
                        train_count=60_000)
@@ -71,19 +73,18 @@ EXPERIMENTS = {  # task -> dataset -> what differs from that
     },
     "set_prediction": {"clevr": SET_PREDICTION, "clevr_like": SET_PREDICTION},
 }
-QUICK = dict(lr=3e-3, warmup=100, decay_steps=400, beta2=0.95, clip=1.0, eval_every=250)
+QUICK = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1), slot_loss=0.5, batch_size=32, steps=4_000, lr=2e-3,
+             warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500)
 SMALL = {  # and with --small, for minutes on a CPU
     "object_discovery": {
-        "tetrominoes": dict(QUICK, encoder_strides=(1, 2, 1), decoder_strides=(1, 1), pixel_shuffle=3, train_count=40_000,
-                            eval_count=512, steps=2_000),
-        "multi_dsprites": dict(QUICK, encoder_strides=(2, 2, 1), decoder_strides=(1, 1), pixel_shuffle=4, train_count=20_000,
-                               steps=2_000),
-        "clevr_like": dict(QUICK, resolution=64, encoder_channels=32, encoder_strides=(2, 2, 1), decoder_channels=32,
-                           decoder_strides=(1, 1), pixel_shuffle=4, train_count=10_000, steps=2_000),
+        "tetrominoes": dict(QUICK, encoder_strides=(1, 2, 1), pixel_shuffle=3, train_count=40_000, eval_count=512,
+                            eval_num_slots=3, eval_num_iterations=5),
+        "multi_dsprites": dict(QUICK, encoder_strides=(2, 2, 1), pixel_shuffle=4, train_count=40_000),
+        "clevr_like": dict(QUICK, resolution=64, encoder_strides=(2, 2, 1), pixel_shuffle=4, train_count=10_000),
     },
     "set_prediction": {
-        "clevr_like": dict(QUICK, resolution=64, encoder_channels=32, train_count=10_000, eval_count=1_000, batch_size=64,
-                           lr=1e-3, steps=4_000, decay_steps=800, eval_every=500),
+        "clevr_like": dict(resolution=64, encoder_channels=32, train_count=10_000, eval_count=1_000, batch_size=64, lr=1e-3,
+                           steps=4_000, warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500),
     },
 }
 MODEL_KEYS = list(RECIPE)[:12]
@@ -165,10 +166,9 @@ def choose_dtype(name, device):
 
 
 def noise(config, step, device):
-    """The slots' initial noise [B, K, D] of a training step (of the evaluation: step -1), the same after a resume."""
-    generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step + 1)
-    shape = config["batch_size"], config["num_slots"], config["slot_dim"]
-    return torch.randn(shape, generator=generator).to(device)
+    """The slots' initial noise [B, K, D] of a training step, the same after a resume."""
+    generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step)
+    return torch.randn(config["batch_size"], config["num_slots"], config["slot_dim"], generator=generator).to(device)
 
 
 def batches(config, scenes, step, device):
@@ -183,9 +183,9 @@ def batches(config, scenes, step, device):
         step += 1
 
 
-def run(model, batch, slots_noise, device, dtype):
+def run(model, batch, slots_noise, device, dtype, num_iterations=None):
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return model(batch["image"], slots=model.slot_attention.init_slots(slots_noise))
+        return model(batch["image"], slots=model.slot_attention.init_slots(slots_noise), num_iterations=num_iterations)
 
 
 def compute_loss(output, batch, slot_loss=0.0):
@@ -206,9 +206,12 @@ def compute_loss(output, batch, slot_loss=0.0):
 def evaluate(model, config, scenes, device, dtype):
     """-> {"eval_loss", and "ari": mean FG-ARI where there are masks, or "ap": {threshold: AP}} over a whole split."""
     loss, aris, predictions, targets, size = 0.0, [], [], [], config["batch_size"]
+    num_slots, num_iterations = config["eval_num_slots"] or config["num_slots"], config["eval_num_iterations"] or None
+    generator = torch.Generator().manual_seed(0)  # the same noise at every evaluation
     for start in range(0, len(scenes), size):
         batch = scenes.batch(torch.arange(start, min(start + size, len(scenes))), device)
-        output = run(model, batch, noise(config, -1 - start, device)[:len(batch["image"])], device, dtype)
+        slots_noise = torch.randn(len(batch["image"]), num_slots, config["slot_dim"], generator=generator).to(device)
+        output = run(model, batch, slots_noise, device, dtype, num_iterations)
         loss += compute_loss(output, batch).item() * len(batch["image"]) / len(scenes)
         if isinstance(output, SetPrediction):
             predictions.append(output.predictions)
@@ -435,12 +438,13 @@ def print_evaluation(args):
     dtype = choose_dtype(config["dtype"], device)
     scenes = load_scenes(config, "eval").to(device)
     model = load_model(checkpoint, args.eval).to(device, memory_format=torch.channels_last)
+    typed = vars(args)
+    num_slots = typed.get("num_slots") or config["eval_num_slots"] or config["num_slots"]
     print(f"{args.eval}, step {checkpoint['step']:,}: {len(scenes):,} held-out scenes of {config['data']} with "
-          f"{config['min_objects']} to {config['max_objects']} objects, {config['num_slots']} slots")
-    typed = "num_iterations" in vars(args)
-    for num_iterations in [config["num_iterations"]] if typed else range(1, 9):
-        model.slot_attention.num_iterations = num_iterations
-        result = evaluate(model, config, scenes, device, dtype)
+          f"{config['min_objects']} to {config['max_objects']} objects, {num_slots} slots")
+    for num_iterations in [typed["num_iterations"]] if "num_iterations" in typed else range(1, 9):
+        choice = {**config, "eval_num_slots": num_slots, "eval_num_iterations": num_iterations}
+        result = evaluate(model, choice, scenes, device, dtype)
         print(f"{num_iterations} iterations  {describe(result)}", flush=True)
 
 

@@ -54,13 +54,13 @@ def decomposition_row(output, i, image, colors):
 
 
 @torch.no_grad()
-def figure_3(model, images, noise, num_iterations=None, panels="abc"):
+def figure_3(model, images, noise, num_iterations, panels="abc"):
     """images [B, 3, H, W] in [-1, 1], noise [B, K, D] for the initial slots -> a matplotlib figure.
 
     (a) every image taken apart; (b) the attention of the first image at each iteration, each cell of the feature map drawn
     as a block of pixels (nearest); (c) its decomposition after each iteration."""
-    num_slots, num_iterations = noise.shape[1], num_iterations or model.slot_attention.num_iterations
-    colors, size = slot_colors(num_slots), images.shape[2:]
+    num_slots, size = noise.shape[1], images.shape[2:]
+    colors = slot_colors(num_slots)
     slots = model.slot_attention.init_slots(noise)
     steps = [model(images, slots=slots, num_iterations=t + 1) for t in range(num_iterations)]
     output, first = steps[-1], images[0]
@@ -98,7 +98,7 @@ def figure_3(model, images, noise, num_iterations=None, panels="abc"):
 
 
 @torch.no_grad()
-def figure_set_prediction(model, batch, noise, num_iterations=None):
+def figure_set_prediction(model, batch, noise, num_iterations):
     """batch {image [B, 3, H, W], target [B, 10, 19]} -> a figure with one row per scene: the image with the true objects'
     places (rings), then for each slot its attention (blocks of the feature map), the place it predicts (cross) and what.
 
@@ -171,11 +171,13 @@ def main(argv=None):
         count = min(args.count, len(scenes))
         batch = scenes.batch(torch.arange(count))
         generator = torch.Generator().manual_seed(args.seed)
-        noise = torch.randn(count, args.num_slots or config["num_slots"], config["slot_dim"], generator=generator)
+        num_slots = args.num_slots or config["eval_num_slots"] or config["num_slots"]
+        num_iterations = args.num_iterations or config["eval_num_iterations"] or config["num_iterations"]
+        noise = torch.randn(count, num_slots, config["slot_dim"], generator=generator)
         if config["task"] == "set_prediction":
-            figure = figure_set_prediction(model, batch, noise, args.num_iterations)
+            figure = figure_set_prediction(model, batch, noise, num_iterations)
         else:
-            figure = figure_3(model, batch["image"], noise, args.num_iterations, "abc" if args.figure == "all" else args.figure)
+            figure = figure_3(model, batch["image"], noise, num_iterations, "abc" if args.figure == "all" else args.figure)
         out = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "figure.png"
         figure.savefig(out, dpi=120)
         say(f"drew {out}")
