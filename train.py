@@ -55,9 +55,8 @@ RECIPE = {  # the paper's for CLEVR6 (appendix E.3), and what each value means
     "beta2": (0.999, "Adam's decay of the squared gradients"),
     "clip": (0.0, "largest norm of the gradient; 0: any"),
     "slot_loss": (0.0, "weight of the slots' own errors in the loss, see compute_loss; not in the paper"),
+    "slot_loss_from": (0, "the step that it starts from: first the slots must find the objects"),
     "eval_every": (5_000, "steps between evaluations"),
-    "eval_num_slots": (0, "slots at evaluation; 0: as in training"),
-    "eval_num_iterations": (0, "iterations at evaluation; 0: as in training"),
 }
 FULL_RESOLUTION = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), max_objects=10,
                        train_count=60_000)
@@ -73,12 +72,11 @@ EXPERIMENTS = {  # task -> dataset -> what differs from that
     },
     "set_prediction": {"clevr": SET_PREDICTION, "clevr_like": SET_PREDICTION},
 }
-QUICK = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1), slot_loss=0.5, batch_size=32, steps=4_000, lr=2e-3,
-             warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500)
+QUICK = dict(implicit=True, encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1), slot_loss=0.5, slot_loss_from=600,
+             batch_size=32, steps=4_000, lr=2e-3, warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500)
 SMALL = {  # and with --small, for minutes on a CPU
     "object_discovery": {
-        "tetrominoes": dict(QUICK, encoder_strides=(1, 2, 1), pixel_shuffle=3, train_count=40_000, eval_count=512,
-                            eval_num_slots=3, eval_num_iterations=5),
+        "tetrominoes": dict(QUICK, encoder_strides=(1, 2, 1), pixel_shuffle=3, train_count=40_000, eval_count=512),
         "multi_dsprites": dict(QUICK, encoder_strides=(2, 2, 1), pixel_shuffle=4, train_count=40_000),
         "clevr_like": dict(QUICK, resolution=64, encoder_strides=(2, 2, 1), pixel_shuffle=4, train_count=10_000),
     },
@@ -203,15 +201,14 @@ def compute_loss(output, batch, slot_loss=0.0):
 
 
 @torch.no_grad()
-def evaluate(model, config, scenes, device, dtype):
+def evaluate(model, config, scenes, device, dtype, num_iterations=None):
     """-> {"eval_loss", and "ari": mean FG-ARI where there are masks, or "ap": {threshold: AP}} over a whole split."""
     loss, aris, predictions, targets, size = 0.0, [], [], [], config["batch_size"]
-    num_slots, num_iterations = config["eval_num_slots"] or config["num_slots"], config["eval_num_iterations"] or None
     generator = torch.Generator().manual_seed(0)  # the same noise at every evaluation
     for start in range(0, len(scenes), size):
         batch = scenes.batch(torch.arange(start, min(start + size, len(scenes))), device)
-        slots_noise = torch.randn(len(batch["image"]), num_slots, config["slot_dim"], generator=generator).to(device)
-        output = run(model, batch, slots_noise, device, dtype, num_iterations)
+        slots_noise = torch.randn(len(batch["image"]), config["num_slots"], config["slot_dim"], generator=generator)
+        output = run(model, batch, slots_noise.to(device), device, dtype, num_iterations)
         loss += compute_loss(output, batch).item() * len(batch["image"]) / len(scenes)
         if isinstance(output, SetPrediction):
             predictions.append(output.predictions)
@@ -281,7 +278,7 @@ def train(config, out, checkpoint=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, *(config[k] for k in ("lr", "warmup", "decay_rate", "decay_steps")))
         output = run(forward, batch, noise(config, step, device), device, dtype)
-        loss = compute_loss(output, batch, config["slot_loss"])
+        loss = compute_loss(output, batch, config["slot_loss"] if step >= config["slot_loss_from"] else 0.0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config["clip"]:
@@ -351,7 +348,7 @@ def parse_value(example):
                 raise ValueError
             return value
         value = type(example)(text)
-        if not 0 <= value < math.inf or (value == 0 and example != 0 and example not in (RECIPE["warmup"][0],)):
+        if not 0 <= value < math.inf or (value == 0 and example not in (0, RECIPE["warmup"][0])):
             raise ValueError
         return value
     parse.__name__ = "positive number" if not isinstance(example, tuple) else "list of positive numbers"
@@ -439,12 +436,10 @@ def print_evaluation(args):
     scenes = load_scenes(config, "eval").to(device)
     model = load_model(checkpoint, args.eval).to(device, memory_format=torch.channels_last)
     typed = vars(args)
-    num_slots = typed.get("num_slots") or config["eval_num_slots"] or config["num_slots"]
     print(f"{args.eval}, step {checkpoint['step']:,}: {len(scenes):,} held-out scenes of {config['data']} with "
-          f"{config['min_objects']} to {config['max_objects']} objects, {num_slots} slots")
+          f"{config['min_objects']} to {config['max_objects']} objects, {config['num_slots']} slots")
     for num_iterations in [typed["num_iterations"]] if "num_iterations" in typed else range(1, 9):
-        choice = {**config, "eval_num_slots": num_slots, "eval_num_iterations": num_iterations}
-        result = evaluate(model, choice, scenes, device, dtype)
+        result = evaluate(model, config, scenes, device, dtype, num_iterations=num_iterations)
         print(f"{num_iterations} iterations  {describe(result)}", flush=True)
 
 

@@ -171,8 +171,8 @@ def main(argv=None):
         count = min(args.count, len(scenes))
         batch = scenes.batch(torch.arange(count))
         generator = torch.Generator().manual_seed(args.seed)
-        num_slots = args.num_slots or config["eval_num_slots"] or config["num_slots"]
-        num_iterations = args.num_iterations or config["eval_num_iterations"] or config["num_iterations"]
+        num_slots = args.num_slots or config["num_slots"]
+        num_iterations = args.num_iterations or config["num_iterations"]
         noise = torch.randn(count, num_slots, config["slot_dim"], generator=generator)
         if config["task"] == "set_prediction":
             figure = figure_set_prediction(model, batch, noise, num_iterations)
