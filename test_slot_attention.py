@@ -432,6 +432,9 @@ def test_damaged_tfrecords_are_refused(tmp_path, name):
                           .to_bytes(4, "little") + raw[12:]), record=0)
     for _ in range(10):
         refused(whole[:rng.integers(1, len(whole))])
+        flipped = bytearray(whole)
+        flipped[rng.integers(10, len(whole))] ^= 1 << rng.integers(8)
+        refused(bytes(flipped))
         flipped = bytearray(raw)
         flipped[rng.integers(12)] ^= 1 << rng.integers(8)  # a length, or its checksum
         refused(gzip.compress(bytes(flipped), 1), record=0)
@@ -630,7 +633,8 @@ def test_training_repeats_resumes_and_draws(tmp_path, capsys):
     assert without_times(log_of(again)) == without_times(rows)
 
     train.main([*TINY, "--steps", "3", "--out", str(parts)])
-    (parts / "log.jsonl").open("a").write('{"step": 4, "loss": 0.0}\n')  # logged after the checkpoint, by a killed run
+    with open(parts / "log.jsonl", "a") as log:  # a killed run has logged more than it saved, and half a line
+        log.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')
     train.main(["--resume", str(parts), "--steps", "6", "--device", "cpu", "--no-compile", "--dtype", "float32", "--log-every", "1"])
     assert without_times(log_of(parts)) == without_times(rows)
     weights = [train.load_checkpoint(run)["model"] for run in (whole, again, parts)]
@@ -694,7 +698,7 @@ def refused(capsys, main, flags):
     ("--data clevr --data-root /nowhere", "--download"), ("--data clevr --small", "--small"),
     ("--task set_prediction --data tetrominoes", "--task"), ("--resume /nowhere", "no checkpoint"),
     ("--eval /nowhere", "no checkpoint"), ("--data multi_dsprites_on_colored --data-root /nowhere", "no multi_dsprites"),
-    ("--train-count 8 --batch-size 64 --eval-count 8", "--batch-size")])
+    ("--train-count 8 --batch-size 64 --eval-count 8", "--batch-size"), ("--device nowhere", "--device")])
 def test_bad_flags(capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     flags = flags.split()

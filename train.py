@@ -127,7 +127,9 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {key: checkpoint[key] for key in ("config", "model", "optimizer", "step", "seconds")}
+        checkpoint = {key: checkpoint[key] for key in ("config", "model", "optimizer", "step", "seconds")}
+        checkpoint["config"] = {**{key: value for key, (value, _) in RECIPE.items()}, **checkpoint["config"]}
+        return checkpoint
     except Exception as error:  # torch has many ways to say it: pickle, zip, runtime, key, type and value errors
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})") from None
 
@@ -145,6 +147,14 @@ def load_model(checkpoint, where):
 # ---------------------------------------------------------------------------------------------------------------------
 # Device and precision
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def choose_device(name):
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
+    return torch.device(name)
 
 
 def choose_dtype(name, device):
@@ -172,13 +182,13 @@ def noise(config, step, device):
 def batches(config, scenes, step, device):
     """The training batches from a step on: every epoch in a new order, which depends on seed and epoch alone."""
     size, per_epoch = config["batch_size"], len(scenes) // config["batch_size"]
+    epoch, start = divmod(step, per_epoch)
     while True:
-        epoch, start = divmod(step, per_epoch)
-        if start == 0 or "order" not in locals():
-            generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
-            order = torch.randperm(len(scenes), generator=generator)
-        yield scenes.batch(order[start * size:(start + 1) * size], device)
-        step += 1
+        generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
+        order = torch.randperm(len(scenes), generator=generator)
+        for i in range(start, per_epoch):
+            yield scenes.batch(order[i * size:(i + 1) * size], device)
+        epoch, start = epoch + 1, 0
 
 
 def run(model, batch, slots_noise, device, dtype, num_iterations=None):
@@ -214,7 +224,7 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
             predictions.append(output.predictions)
             targets.append(batch["target"])
         elif "label" in batch:
-            true_mask = F.one_hot(batch["label"].flatten(1).long())[..., 1:]  # [B, P, E]: the background's channel dropped
+            true_mask = F.one_hot(batch["label"].flatten(1).long(), 11)[..., 1:]  # [B, P, 10]: without the background
             aris.append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
     result = {"eval_loss": loss}
     if aris:
@@ -234,7 +244,7 @@ def describe(result):
 
 def train(config, out, checkpoint=None):
     """Trains by a config ({key: value} of RECIPE and of the flags) into the folder `out`, from a checkpoint if given."""
-    device = torch.device(config["device"])
+    device = choose_device(config["device"])
     dtype = choose_dtype(config["dtype"], device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -258,9 +268,11 @@ def train(config, out, checkpoint=None):
 
     out.mkdir(parents=True, exist_ok=True)
     log_path = out / "log.jsonl"
-    lines = log_path.read_text().splitlines(keepends=True) if checkpoint and log_path.exists() else []
-    log = open(log_path, "w", buffering=1)
-    log.writelines(line for line in lines if json.loads(line)["step"] <= step)  # a killed run may have logged more
+    rows = read_log(log_path) if checkpoint else []
+    part = log_path.with_name("log.jsonl.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+    os.replace(part, log_path)
+    log = open(log_path, "a", buffering=1)
 
     stop = []  # the signal that asked for it
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -314,6 +326,17 @@ def train(config, out, checkpoint=None):
         total.zero_()
         since, clock = step, time.perf_counter()
     say(f"trained in {clock_time(seconds)}")
+
+
+def read_log(path):
+    """The rows of a log.jsonl. A killed run may have logged more than it saved, and its last line may be cut."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 def clock_time(seconds):
@@ -385,15 +408,15 @@ def make_config(args, checkpoint=None):
     typed = {key: value for key, value in flags.items() if key in RECIPE}
     if checkpoint:
         config = checkpoint["config"]
-        fixed = [key for key in typed if key in MODEL_KEYS and typed[key] != config[key] and not args.eval]
+        typed.update({"data": args.data} if args.data else {})
+        fixed = [key for key in typed if key in (*MODEL_KEYS, "data") and typed[key] != config[key] and not args.eval]
         if fixed:
             raise ValueError(f"--{fixed[0].replace('_', '-')} cannot change when a run goes on (it has {config[fixed[0]]})")
     else:
         name, small = args.data or "tetrominoes", args.small or not args.data
-        for choice, table in (("--task", EXPERIMENTS[args.task]), ("--small", SMALL[args.task])):
-            if name not in table and (choice != "--small" or small):
-                raise ValueError(f"there is no {choice} {args.task if choice == '--task' else ''} for {name}; "
-                                 f"there is for {', '.join(table)}")
+        for flag, table in [("--task " + args.task, EXPERIMENTS[args.task])] + small * [("--small", SMALL[args.task])]:
+            if name not in table:
+                raise ValueError(f"there is no {flag} for --data {name}; there is for {', '.join(table)}")
         config = {key: value for key, (value, _) in RECIPE.items()}
         config.update(EXPERIMENTS[args.task][name], **(SMALL[args.task][name] if small else {}))
         crop = "none" if args.task == "set_prediction" else "official" if args.official_crop else "paper"
@@ -412,6 +435,7 @@ def main(argv=None):
         checkpoint = load_checkpoint(args.resume) if args.resume else None
         config = make_config(args, checkpoint)
         out = Path(args.resume or args.out or free_name(Path("runs") / (args.data or "demo")))
+        out = out.parent if out.is_file() else out
         if not args.resume and (out / "checkpoint.pt").exists():
             raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
         train(config, out, checkpoint)
@@ -420,6 +444,8 @@ def main(argv=None):
         say(f"look at {out}/figure.png; evaluate with: python train.py --eval {out}")
     except (OSError, ValueError) as error:
         parser.error(error)
+    except KeyboardInterrupt:  # before the first step; later the loop saves
+        sys.exit(130)
 
 
 def free_name(path):
@@ -431,7 +457,7 @@ def print_evaluation(args):
     """The generalisation of section 3.1: the metrics after each number of iterations, on any number of objects and slots."""
     checkpoint = load_checkpoint(args.eval)
     config = make_config(args, checkpoint)
-    device = torch.device(config["device"])
+    device = choose_device(config["device"])
     dtype = choose_dtype(config["dtype"], device)
     scenes = load_scenes(config, "eval").to(device)
     model = load_model(checkpoint, args.eval).to(device, memory_format=torch.channels_last)

@@ -59,6 +59,8 @@ def figure_3(model, images, noise, num_iterations, panels="abc"):
 
     (a) every image taken apart; (b) the attention of the first image at each iteration, each cell of the feature map drawn
     as a block of pixels (nearest); (c) its decomposition after each iteration."""
+    if model.slot_attention.implicit:  # without gradients it is one more iteration like the others
+        model.slot_attention.implicit, num_iterations = False, num_iterations + 1
     num_slots, size = noise.shape[1], images.shape[2:]
     colors = slot_colors(num_slots)
     slots = model.slot_attention.init_slots(noise)
