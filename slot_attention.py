@@ -6,7 +6,7 @@ Section, equation and algorithm numbers below are those of the paper. Shapes are
     B  images in a batch        N  input features (pixels of the encoder's map)    D  slot size
     K  slots                    T  iterations of attention                        H, W  image size (h, w: a feature map's)
 
-Contents: layers, SlotAttention (Algorithm 1), the two models of section 3, losses and metrics, the official weights.
+Contents: layers, SlotAttention (Algorithm 1), the two models (2.2, 2.3), losses and metrics, the official weights.
 """
 
 import math
@@ -52,7 +52,7 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
 
 
 class SoftPositionEmbed(nn.Module):
-    """Adds a learned linear map of each position's distances to the four borders (appendix E.2, "Position embedding").
+    """Adds a learned linear map of each position's distances to the four borders (appendix E).
 
     x [B, h, w, C] -> [B, h, w, C]"""
 
@@ -70,6 +70,13 @@ def build_grid(resolution):
     rows, cols = torch.meshgrid(*(torch.linspace(0, 1, size) for size in resolution), indexing="ij")
     grid = torch.stack([rows, cols], dim=-1)
     return torch.cat([grid, 1 - grid], dim=-1)[None]
+
+
+def check_sizes(**sizes):
+    """Raises ValueError unless every size is a positive whole number, or a tuple of them."""
+    for name, size in sizes.items():
+        if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, (tuple, list)) else (size,))):
+            raise ValueError(f"{name} must be positive, in whole numbers; got {size}")
 
 
 def layer_norm(dim):
@@ -114,6 +121,7 @@ class SlotAttention(nn.Module):
 
     def __init__(self, num_slots, dim, num_iterations=3, mlp_hidden_size=128, inputs_dim=None, eps=1e-8, implicit=False):
         super().__init__()
+        check_sizes(num_slots=num_slots, dim=dim, num_iterations=num_iterations, mlp_hidden_size=mlp_hidden_size)
         self.num_slots, self.dim, self.num_iterations = num_slots, dim, num_iterations
         self.eps, self.implicit = eps, implicit
         inputs_dim = inputs_dim or dim
@@ -138,7 +146,7 @@ class SlotAttention(nn.Module):
         return self.slots_mu + self.slots_log_sigma.exp() * noise
 
     def iterate(self, slots, k, v):
-        """One iteration of Algorithm 1 (lines 5 to 10): slots [B, K, D], k and v [B, N, D] -> slots, attn [B, K, N]."""
+        """One iteration of Algorithm 1: slots [B, K, D], k and v [B, N, D] -> slots, attn [B, K, N]."""
         slots_prev = slots
         q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5         # [B, K, D]
 
@@ -179,18 +187,19 @@ class SlotAttention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The models of section 3
+# The models of sections 2.2 and 2.3
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
-    """CNN, position embedding, LayerNorm, MLP (appendix E.2 and E.3): image [B, 3, H, W] -> features [B, N, C], N = h * w.
+    """CNN, position embedding, LayerNorm, MLP (appendix E): image [B, 3, H, W] -> features [B, N, C], N = h * w.
 
     strides: one 5x5 convolution each. `resolution` is that of the output, (h, w)."""
 
     def __init__(self, resolution, channels, strides, dim_out):
         super().__init__()
-        self.resolution = tuple(resolution)
+        check_sizes(resolution=resolution, encoder_channels=channels, encoder_strides=strides)
+        self.resolution = resolution
         for stride in strides:
             self.resolution = tuple(math.ceil(size / stride) for size in self.resolution)
         layers, dim_in = [], 3
@@ -209,7 +218,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Spatial broadcast decoder (appendix E.3): each slot alone is copied to every cell of a grid, gets a position
+    """Spatial broadcast decoder (section 2.2, appendix E): each slot alone is copied to every cell of a grid, gets a position
     embedding, and is decoded to an RGB picture and a mask logit: slots [M, D] -> [M, 4, H, W].
 
     strides: one transposed convolution each, then a 3x3 one to the 4 channels. pixel_shuffle r: that last layer runs at
@@ -218,7 +227,11 @@ class Decoder(nn.Module):
 
     def __init__(self, resolution, dim, channels, strides, kernel_size=5, pixel_shuffle=1):
         super().__init__()
-        self.resolution = tuple(resolution)
+        check_sizes(resolution=resolution, slot_dim=dim, decoder_channels=channels, decoder_strides=strides,
+                    decoder_kernel=kernel_size, pixel_shuffle=pixel_shuffle)
+        if kernel_size % 2 == 0 or kernel_size < max(strides):
+            raise ValueError(f"decoder_kernel must be odd and no less than the strides {strides}; got {kernel_size}")
+        self.resolution = resolution
         scale = math.prod(strides) * pixel_shuffle
         self.grid_size = tuple(math.ceil(size / scale) for size in resolution)
         self.pos = SoftPositionEmbed(dim, self.grid_size)
@@ -261,13 +274,6 @@ class Decoder(nn.Module):
         return x.unflatten(1, (h, w)).permute(0, 3, 1, 2) + pos
 
 
-def check_sizes(**sizes):
-    """Raises ValueError unless every size is a positive whole number, or a tuple of them."""
-    for name, size in sizes.items():
-        if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, tuple) else (size,))):
-            raise ValueError(f"{name} must be positive, in whole numbers; got {size}")
-
-
 class Decomposition(NamedTuple):
     """What the auto-encoder returns. Pictures in [-1, 1]; masks sum to 1 over the slots."""
 
@@ -279,7 +285,7 @@ class Decomposition(NamedTuple):
 
 
 class SlotAttentionAutoEncoder(nn.Module):
-    """Object discovery (section 3.1): image -> slots -> one picture and mask per slot -> their sum.
+    """Object discovery (section 2.2): image -> slots -> one picture and mask per slot -> their sum.
 
     The defaults are the paper's CLEVR6 model (resolution 128; 890,308 parameters with any K). For Multi-dSprites (64) and
     Tetrominoes (35): encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1).
@@ -290,7 +296,6 @@ class SlotAttentionAutoEncoder(nn.Module):
                  decoder_channels=64, decoder_strides=(2, 2, 2, 2, 1), decoder_kernel=5, pixel_shuffle=1):
         super().__init__()
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        check_sizes(resolution=self.resolution, num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations)
         self.encoder = Encoder(self.resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit)
         self.decoder = Decoder(self.resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel, pixel_shuffle)
@@ -317,7 +322,7 @@ class SetPrediction(NamedTuple):
 
 
 class SlotAttentionClassifier(nn.Module):
-    """Set prediction (section 3.2): image -> slots -> the properties of one object per slot.
+    """Set prediction (section 2.3): image -> slots -> the properties of one object per slot.
 
     The defaults are the paper's CLEVR10 model (resolution 128, K = 10; 380,755 parameters). A prediction is: coordinates
     (3, as (3d_coords + 3) / 6), size (2), material (2), shape (3), colour (8), real object or padding (1)."""
@@ -326,7 +331,6 @@ class SlotAttentionClassifier(nn.Module):
                  encoder_channels=64, encoder_strides=(1, 2, 2, 1), num_outputs=19):
         super().__init__()
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        check_sizes(resolution=self.resolution, num_slots=num_slots, slot_dim=slot_dim, num_iterations=num_iterations)
         self.encoder = Encoder(self.resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit)
         self.mlp_classifier = mlp(slot_dim, slot_dim, num_outputs)
@@ -346,7 +350,7 @@ class SlotAttentionClassifier(nn.Module):
 
 
 def adjusted_rand_index(true_mask, pred_mask):
-    """Adjusted Rand index of two segmentations (section 3.1), as DeepMind's multi_object_datasets computes it.
+    """Adjusted Rand index of two segmentations (section 4.1), as DeepMind's multi_object_datasets computes it.
 
     true_mask [B, P, Gt]: one-hot, 0/1 or 0/255; points (pixels) of all zeros are ignored, so drop the background's group
     for FG-ARI. pred_mask [B, P, Gp]: any scores; a point belongs to the largest. -> [B], 1 = equal, 0 = chance.
@@ -397,7 +401,7 @@ def minimum_cost_matching(cost):
 
 
 def hungarian_huber_loss(pred, target):
-    """The set prediction loss (section 3.2): Huber (delta 1, mean over the features) between each target and the
+    """The set prediction loss (section 2.3): Huber (delta 1, mean over the features) between each target and the
     prediction that the cheapest matching gives it, summed over the set, averaged over the batch.
 
     pred [B, K, F], target [B, M, F] -> scalar. Padding (rows of zeros) is matched and costs like any target; predictions
@@ -408,7 +412,7 @@ def hungarian_huber_loss(pred, target):
 
 
 def average_precision_clevr(pred, target, distance_threshold=math.inf):
-    """Average precision of predicted CLEVR objects (section 3.2), over a whole evaluation set at once.
+    """Average precision of predicted CLEVR objects (section 4.2), over a whole evaluation set at once.
 
     pred [B, K, 19], target [B, M, 19] (see SlotAttentionClassifier); distance_threshold in CLEVR's units of length
     (coordinates from -3 to 3); infinite or, as in the official code, -1: none. -> float.

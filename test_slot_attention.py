@@ -323,9 +323,10 @@ def test_first_decoder_layer_taken_apart_is_the_same(resolution, kernel):
 
 
 def test_constructor_refuses_sizes_that_make_no_model():
-    for bad in (dict(resolution=0, num_slots=4), dict(resolution=32, num_slots=0), dict(resolution=32, num_slots=4, slot_dim=-1)):
-        with pytest.raises(ValueError, match="must be positive"):
-            sa.SlotAttentionAutoEncoder(**bad)
+    for bad in (dict(resolution=0), dict(num_slots=0), dict(slot_dim=-1), dict(decoder_strides=(2, 0)), dict(decoder_kernel=4),
+                dict(decoder_kernel=1), dict(encoder_channels=1.5)):
+        with pytest.raises(ValueError, match="must be"):
+            sa.SlotAttentionAutoEncoder(**{"resolution": 32, "num_slots": 4, **bad})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from slot_attention import (SetPrediction, SlotAttentionAutoEncoder, SlotAttenti
 # The experiments. Each value is a flag: batch_size is --batch-size.
 # ---------------------------------------------------------------------------------------------------------------------
 
-RECIPE = {  # the paper's for CLEVR6 (appendix E.3), and what each value means
+RECIPE = {  # the paper's for CLEVR6 (appendix E), and what each value means
     "num_slots": (7, "slots, K"),
     "num_iterations": (3, "iterations of attention, T"),
     "slot_dim": (64, "size of a slot, D"),
@@ -197,7 +197,7 @@ def run(model, batch, slots_noise, device, dtype, num_iterations=None):
 
 
 def compute_loss(output, batch, slot_loss=0.0):
-    """Mean squared error over batch, pixels and channels (section 3.1), or the set prediction's loss (section 3.2).
+    """Mean squared error over batch, pixels and channels (section 2.2), or the set prediction's loss (section 2.3).
 
     With slot_loss w, (1 - w) * error of the sum + w * sum of the slots' own errors, each weighted by its mask. The second
     is never smaller: it adds what the slots disagree by where their masks overlap, so every pixel wants one owner."""
@@ -454,7 +454,7 @@ def free_name(path):
 
 
 def print_evaluation(args):
-    """The generalisation of section 3.1: the metrics after each number of iterations, on any number of objects and slots."""
+    """The generalisation of section 4.1: the metrics after each number of iterations, on any number of objects and slots."""
     checkpoint = load_checkpoint(args.eval)
     config = make_config(args, checkpoint)
     device = choose_device(config["device"])
