@@ -198,7 +198,7 @@ class Encoder(nn.Module):
 
     def __init__(self, resolution, channels, strides, dim_out):
         super().__init__()
-        check_sizes(resolution=resolution, encoder_channels=channels, encoder_strides=strides)
+        check_sizes(resolution=resolution, encoder_channels=channels, encoder_strides=strides, dim_out=dim_out)
         self.resolution = resolution
         for stride in strides:
             self.resolution = tuple(math.ceil(size / stride) for size in self.resolution)
