@@ -253,7 +253,10 @@ def train(config, out, checkpoint=None):
     model = (load_model(checkpoint, out) if checkpoint else build_model(config)).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, config["beta2"]), fused=True)
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{out} holds an optimizer's state that does not fit its model ({error!r})") from None
     step, seconds = (checkpoint["step"], checkpoint["seconds"]) if checkpoint else (0, 0.0)
 
     scenes = load_scenes(config, "train").to(device)
@@ -275,8 +278,8 @@ def train(config, out, checkpoint=None):
     log = open(log_path, "a", buffering=1)
 
     stop = []  # the signal that asked for it
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda number, frame: stop.append(number))
+    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
 
     def save():
         save_checkpoint(out / "checkpoint.pt", config=config, model=model.state_dict(), optimizer=optimizer.state_dict(),
@@ -305,13 +308,13 @@ def train(config, out, checkpoint=None):
         row = {"step": step, "loss": total.item() / (step - since)}
         elapsed, images = time.perf_counter() - clock, (step - since) * config["batch_size"]
         seconds += elapsed
-        if not math.isfinite(row["loss"]):
-            raise ValueError(f"the loss became {row['loss']} before step {step}; the last good checkpoint is in {out}/. "
-                             "Try a smaller --lr, --clip 1, or --dtype float32")
         row["seconds"] = round(seconds, 1)
         if at_eval:
             result = evaluate(model, config, held_out, device, dtype)
             row.update(result)
+        if not math.isfinite(row["loss"] + row.get("eval_loss", 0)):
+            raise ValueError(f"the loss became {row['loss']} by step {step}; what {out}/ holds is from before. "
+                             "Try a smaller --lr, --clip 1, or --dtype float32")
         log.write(json.dumps(row) + "\n")
         left = seconds / step * (config["steps"] - step)
         line = (f"step {step:,}/{config['steps']:,}  loss {row['loss']:.5f}  {images / elapsed:,.0f} images/s  "
@@ -325,6 +328,8 @@ def train(config, out, checkpoint=None):
             sys.exit(128 + stop[0])
         total.zero_()
         since, clock = step, time.perf_counter()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     say(f"trained in {clock_time(seconds)}")
 
 
