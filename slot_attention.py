@@ -166,7 +166,8 @@ class SlotAttention(nn.Module):
         inputs = self.norm_inputs(inputs)                                     # [B, N, D_in]
         k, v = self.project_k(inputs), self.project_v(inputs)                 # [B, N, D]
         if slots is None:
-            slots = self.init_slots(torch.randn(len(k), num_slots or self.num_slots, self.dim, device=k.device))
+            shape = len(k), num_slots or self.num_slots, self.dim
+            slots = self.init_slots(torch.randn(shape, device=k.device, dtype=self.slots_mu.dtype))
         num_iterations = self.num_iterations if num_iterations is None else num_iterations
 
         attns = []
@@ -440,7 +441,7 @@ def average_precision_clevr(pred, target, distance_threshold=math.inf):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Official weights (https://storage.googleapis.com/gresearch/slot-attention/)
+# Official weights (google-research/google-research, slot_attention/README.md says where they are)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
