@@ -74,8 +74,8 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
          download=False):
     """The "train" or "eval" split of a dataset of DATA -> Scenes. The two share no scene.
 
-    Real files are looked for under `root` and decoded once, into a cache beside them. Without them every set but "clevr" is
-    generated. count: so many scenes at most. min_objects, max_objects: only scenes with so many objects.
+    Real files are looked for under `root` and decoded once, into a cache beside them. Without them every set but
+    "clevr" is generated. count: so many scenes at most. min_objects, max_objects: only scenes with so many objects.
     crop, for CLEVR: "paper", the central square; "official", the window that the official code cuts out of CLEVR_v1.0;
     "none", the whole picture, made square (the set prediction task).
     Raises OSError or ValueError, with a line that says what to do."""
@@ -102,8 +102,8 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
 
 
 def choose(objects, split, train_count, count, min_objects, max_objects):
-    """The indices of a split: the first `train_count` scenes are for training, those after them for evaluation (of a file
-    of fewer scenes the last fifth), and of these the first `count` with a number of `objects` [n] in the range."""
+    """The indices of a split: the first `train_count` scenes are for training, those after them for evaluation (of a
+    file of fewer scenes the last fifth), and of these the first `count` with a number of `objects` [n] in the range."""
     n = len(objects)
     border = min(train_count, n - max(1, n // 5))
     index = np.arange(border) if split == "train" else np.arange(border, n)
@@ -128,11 +128,11 @@ TFRECORDS = {  # name -> image [H, W, 3]; mask as stored; whether the entities c
 def read_tfrecords(path, name):
     """The scenes of one of DeepMind's GZIP TFRecord files, one dict of arrays each, in the file's order.
 
-    name: a key of TFRECORDS; "_train" after it is ignored. -> image [H, W, 3] uint8; mask [E, H, W] uint8 0/1, background
-    first; the factors as stored, [E] or [E, 3], float32 or uint8. One record is in memory at a time.
+    name: a key of TFRECORDS; "_train" after it is ignored. -> image [H, W, 3] uint8; mask [E, H, W] uint8 0/1,
+    background first; the factors as stored, [E] or [E, 3], float32 or uint8. One record is in memory at a time.
     A length's checksum is checked; of the content GZIP's own is (a record's second checksum is not: in Python it would
-    cost more than all the rest). Raises ValueError naming file and record where the file is truncated, damaged or another.
-    """
+    cost more than all the rest). Raises ValueError naming file and record where the file is truncated, damaged or
+    another."""
     image_shape, mask_shape, entities_third = TFRECORDS[name.removesuffix("_train")]
     number = 0
     try:
@@ -162,8 +162,8 @@ def read_tfrecords(path, name):
 
 
 def parse_example(record):
-    """A serialised tf.train.Example -> {feature: flat array}, uint8 of a BytesList of single bytes, float32 of a FloatList.
-    """
+    """A serialised tf.train.Example -> {feature: flat array}, uint8 of a BytesList of single bytes, float32 of a
+    FloatList."""
     scene = {}
     (_, features), = messages(record)
     for _, entry in messages(features):
@@ -241,7 +241,8 @@ def clevr_target(scene):
 
 
 def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects, download):
-    """The original CLEVR_v1.0 (480 x 320 PNGs and scenes files, no masks): the splits train and val, one after the other."""
+    """The original CLEVR_v1.0 (480 x 320 PNGs and scenes files, no masks): the splits train and val, one after the
+    other."""
     folder = next((f for f in (root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if f.exists()), None)
     if folder is None and download:
         say(f"downloading CLEVR_v1.0 into {root / 'clevr'}: 18 GB, and as much again to unpack")
@@ -281,8 +282,8 @@ def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects
 
 
 def resize(picture, resolution, crop="none"):
-    """Crops and resizes as the official code does: [H, W, 3] uint8 bilinear without antialiasing, [H, W] uint8 (labels) to
-    the nearest pixel -> [resolution, resolution(, 3)] uint8."""
+    """Crops and resizes as the official code does: [H, W, 3] uint8 bilinear without antialiasing, [H, W] uint8 (labels)
+    to the nearest pixel -> [resolution, resolution(, 3)] uint8."""
     size = picture.shape[:2]
     if crop != "none":
         if size not in CLEVR_CROP:
@@ -425,9 +426,9 @@ def make_tetrominoes(count, seed):
     """Scenes by the law of DeepMind's Tetrominoes: three pieces of 19 orientations and six colours, at any pixel where
     they lie inside 35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
 
-    -> image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1, background first; factors of float32 with the background
-    first: shape [n, 4] (1 to 19 in the order of TETROMINOES), x, y [n, 4] (centre of the piece's bounding box, in pixels),
-    color [n, 4, 3] (RGB, 0/1), visibility [n, 4] (1: all are there)."""
+    -> image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1, background first; factors of float32 with the
+    background first: shape [n, 4] (1 to 19 in the order of TETROMINOES), x, y [n, 4] (centre of the piece's bounding
+    box, in pixels), color [n, 4, 3] (RGB, 0/1), visibility [n, 4] (1: all are there)."""
     rng = np.random.default_rng(seed)
     piece, corner = np.empty((count, 3), int), np.empty((count, 3, 2), int)
     todo = np.arange(count)
@@ -475,13 +476,13 @@ DSPRITES_SCALES, DSPRITES_ORIENTATIONS = np.linspace(0.5, 1, 6), np.linspace(0, 
 
 
 def make_multi_dsprites(count, seed):
-    """Scenes after DeepMind's Multi-dSprites, colored_on_grayscale: 2 to 5 sprites (square, ellipse, heart; 6 scales, 40
-    orientations, 32 x 32 positions) on a grey background, the later over the earlier. Hue is uniform, saturation and value
-    are from 0.5 to 1. The same (count, seed) gives the same scenes.
+    """Scenes after DeepMind's Multi-dSprites, colored_on_grayscale: 2 to 5 sprites (square, ellipse, heart; 6 scales,
+    40 orientations, 32 x 32 positions) on a grey background, the later over the earlier. Hue is uniform, saturation and
+    value are from 0.5 to 1. The same (count, seed) gives the same scenes.
 
-    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; factors of float32, padded with zeros:
-    shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians), x, y (0 to 1), visibility (1: is there) [n, 6],
-    color [n, 6, 3] (RGB, 0 to 1)."""
+    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; factors of float32, padded with
+    zeros: shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians), x, y (0 to 1), visibility (1: is there)
+    [n, 6], color [n, 6, 3] (RGB, 0 to 1)."""
     rng = np.random.default_rng(seed)
     number = rng.integers(2, 6, count)
     shape, scale, turn, row, col = (rng.integers(size, size=(count, 5)) for size in (3, 6, 40, 32, 32))
@@ -787,8 +788,8 @@ def _draw(rng, number):
 
 
 def project(points, camera=_CAMERA):
-    """CLEVR's 3d_coords [..., 3] -> column, row (pixels of the 480 x 320 frame) and depth [..., 3], as a camera at `camera`
-    [..., 3] sees them; the mean camera if not given, whose error in CLEVR_v1.0 is a few pixels."""
+    """CLEVR's 3d_coords [..., 3] -> column, row (pixels of the 480 x 320 frame) and depth [..., 3], as a camera at
+    `camera` [..., 3] sees them; the mean camera if not given, whose error in CLEVR_v1.0 is a few pixels."""
     camera = np.asarray(camera)
     forward = -camera / np.linalg.norm(camera, axis=-1, keepdims=True)
     right = np.cross(forward, (0, 0, 1))
@@ -832,7 +833,8 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
         image[start:start + batch], entity = _render(part, window, resolution, device)
         mask[start:start + batch] = entity[:, None] == np.arange(11)[:, None, None]
 
-    camera, lamps, exists = scenes.pop("camera"), scenes.pop("lamps"), scenes["shape"] > 0
+    camera, exists = scenes.pop("camera"), scenes["shape"] > 0
+    del scenes["lamps"]
     coords = project(np.stack([scenes[key] for key in "xyz"], 2), camera[:, None])
     scale = resolution / np.array((window[2] - window[0], window[3] - window[1]))
     coords = np.concatenate(((coords[..., :2] - window[:2]) * scale, coords[..., 2:]), 2) * exists[..., None]

@@ -4,7 +4,7 @@
 Section, equation and algorithm numbers below are those of the paper. Shapes are written in its symbols:
 
     B  images in a batch        N  input features (pixels of the encoder's map)    D  slot size
-    K  slots                    T  iterations of attention                        H, W  image size (h, w: a feature map's)
+    K  slots                    T  iterations of attention                        H, W  image (h, w: feature map) size
 
 Contents: layers, SlotAttention (Algorithm 1), the two models (2.2, 2.3), losses and metrics, the official weights.
 """
@@ -88,8 +88,7 @@ def mlp(dim_in, dim_hidden, dim_out):
 
 
 def keras_init(module):
-    """Keras' default initialisation, for `Module.apply`: kernels Glorot-uniform, recurrent kernels orthogonal, biases 0.
-    """
+    """Keras' default initialisation, for `Module.apply`: Glorot-uniform, recurrent kernels orthogonal, biases 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -111,15 +110,17 @@ def keras_init(module):
 
 
 class SlotAttention(nn.Module):
-    """The Slot Attention module (section 2.1, Algorithm 1). No parameter depends on K or T: both can change at call time.
+    """The Slot Attention module (section 2.1, Algorithm 1). No parameter depends on K or T: both can change at call
+    time.
 
     num_slots: K. dim: D, the size of a slot. num_iterations: T. inputs_dim: the inputs' size, D if not given.
     implicit: the one-step gradient (Chang, Griffiths, Levine, 2022). Iterates T times without gradient to a near fixed
-        point, then once more with it: T + 1 iterations, the memory of one. The initial slots get the gradient of that last
-        step's input unchanged (straight through), so that mu and sigma still learn.
+        point, then once more with it: T + 1 iterations, the memory of one. The initial slots get the gradient of that
+        last step's input unchanged (straight through), so that mu and sigma still learn.
     """
 
-    def __init__(self, num_slots, dim, num_iterations=3, mlp_hidden_size=128, inputs_dim=None, eps=1e-8, implicit=False):
+    def __init__(self, num_slots, dim, num_iterations=3, mlp_hidden_size=128, inputs_dim=None, eps=1e-8,
+                 implicit=False):
         super().__init__()
         check_sizes(num_slots=num_slots, dim=dim, num_iterations=num_iterations, mlp_hidden_size=mlp_hidden_size)
         self.num_slots, self.dim, self.num_iterations = num_slots, dim, num_iterations
@@ -219,8 +220,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Spatial broadcast decoder (section 2.2, appendix E): each slot alone is copied to every cell of a grid, gets a position
-    embedding, and is decoded to an RGB picture and a mask logit: slots [M, D] -> [M, 4, H, W].
+    """Spatial broadcast decoder (section 2.2, appendix E): each slot alone is copied to every cell of a grid, gets a
+    position embedding, and is decoded to an RGB picture and a mask logit: slots [M, D] -> [M, 4, H, W].
 
     strides: one transposed convolution each, then a 3x3 one to the 4 channels. pixel_shuffle r: that last layer runs at
     1/r of the resolution and makes r x r pixels a cell (not in the paper; fast on CPUs).
@@ -260,9 +261,10 @@ class Decoder(nn.Module):
         return x[:, :, :self.resolution[0], :self.resolution[1]]              # [M, 4, H, W]
 
     def first_layer(self, slots):
-        """conv(broadcast slot + position embedding), taken apart by linearity. The embedding's part is the same for every
-        slot. The slot's part is constant but for the k // 2 rows and columns that see the zero padding on each side: a
-        k x k map has all of its values, and each is copied to the places where the padding cuts the kernel alike."""
+        """conv(broadcast slot + position embedding), taken apart by linearity. The embedding's part is the same for
+        every slot. The slot's part is constant but for the k // 2 rows and columns that see the zero padding on each
+        side: a k x k map has all of its values, and each is copied to the places where the padding cuts the kernel
+        alike."""
         (h, w), conv = self.grid_size, self.cnn[0]
         k = conv.kernel_size[0]
         x = conv(slots[:, :, None, None].expand(-1, -1, k, k))                # [M, C, k, k]
@@ -288,8 +290,8 @@ class Decomposition(NamedTuple):
 class SlotAttentionAutoEncoder(nn.Module):
     """Object discovery (section 2.2): image -> slots -> one picture and mask per slot -> their sum.
 
-    The defaults are the paper's CLEVR6 model (resolution 128; 890,308 parameters with any K). For Multi-dSprites (64) and
-    Tetrominoes (35): encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1).
+    The defaults are the paper's CLEVR6 model (resolution 128; 890,308 parameters with any K). For Multi-dSprites (64)
+    and Tetrominoes (35): encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1).
     resolution: (H, W), or one number for both. Raises ValueError for sizes that make no model."""
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
@@ -299,7 +301,8 @@ class SlotAttentionAutoEncoder(nn.Module):
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         self.encoder = Encoder(self.resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit)
-        self.decoder = Decoder(self.resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel, pixel_shuffle)
+        self.decoder = Decoder(self.resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel,
+                               pixel_shuffle)
         self.apply(keras_init)
 
     def forward(self, image, slots=None, num_slots=None, num_iterations=None):
@@ -325,8 +328,9 @@ class SetPrediction(NamedTuple):
 class SlotAttentionClassifier(nn.Module):
     """Set prediction (section 2.3): image -> slots -> the properties of one object per slot.
 
-    The defaults are the paper's CLEVR10 model (resolution 128, K = 10; 380,755 parameters). A prediction is: coordinates
-    (3, as (3d_coords + 3) / 6), size (2), material (2), shape (3), colour (8), real object or padding (1)."""
+    The defaults are the paper's CLEVR10 model (resolution 128, K = 10; 380,755 parameters). A prediction is:
+    coordinates (3, as (3d_coords + 3) / 6), size (2), material (2), shape (3), colour (8), real object or padding
+    (1)."""
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
                  encoder_channels=64, encoder_strides=(1, 2, 2, 1), num_outputs=19):
@@ -353,8 +357,8 @@ class SlotAttentionClassifier(nn.Module):
 def adjusted_rand_index(true_mask, pred_mask):
     """Adjusted Rand index of two segmentations (section 4.1), as DeepMind's multi_object_datasets computes it.
 
-    true_mask [B, P, Gt]: one-hot, 0/1 or 0/255; points (pixels) of all zeros are ignored, so drop the background's group
-    for FG-ARI. pred_mask [B, P, Gp]: any scores; a point belongs to the largest. -> [B], 1 = equal, 0 = chance.
+    true_mask [B, P, Gt]: one-hot, 0/1 or 0/255; points (pixels) of all zeros are ignored, so drop the background's
+    group for FG-ARI. pred_mask [B, P, Gp]: any scores; a point belongs to the largest. -> [B], 1 = equal, 0 = chance.
     Where DeepMind's code gives NaN (0/0: at most one object, all in one predicted group; fewer than two points), this
     gives 1, since the two groupings are equal there."""
     groups = true_mask.shape[2], pred_mask.shape[2]
@@ -371,7 +375,8 @@ def adjusted_rand_index(true_mask, pred_mask):
 
 
 def minimum_cost_matching(cost):
-    """The exact minimum-cost assignment, as scipy.optimize.linear_sum_assignment but for a whole batch and on its device.
+    """The exact minimum-cost assignment, as scipy.optimize.linear_sum_assignment but for a whole batch and on its
+    device.
 
     cost [B, n, m] -> rows, cols [B, min(n, m)], rows in ascending order. A dynamic programme over the subsets of the
     larger side: best[S] is the least cost of giving the first |S| rows the columns S. Work and memory grow as
@@ -405,8 +410,8 @@ def hungarian_huber_loss(pred, target):
     """The set prediction loss (section 2.3): Huber (delta 1, mean over the features) between each target and the
     prediction that the cheapest matching gives it, summed over the set, averaged over the batch.
 
-    pred [B, K, F], target [B, M, F] -> scalar. Padding (rows of zeros) is matched and costs like any target; predictions
-    in excess are free."""
+    pred [B, K, F], target [B, M, F] -> scalar. Padding (rows of zeros) is matched and costs like any target;
+    predictions in excess are free."""
     cost = F.smooth_l1_loss(*torch.broadcast_tensors(pred[:, None], target[:, :, None]), reduction="none").mean(dim=3)
     rows, cols = minimum_cost_matching(cost)                                  # cost is [B, target, pred]
     return cost[torch.arange(len(cost), device=cost.device)[:, None], rows, cols].sum(dim=1).mean()
@@ -450,8 +455,9 @@ def load_official_weights(model, variables):
 
     variables: a mapping from the checkpoint's keys ("network/layer_with_weights-0/slot_attention/slots_mu/.ATTRIBUTES/
     VARIABLE_VALUE", or only the part "slot_attention/slots_mu") to arrays, or the path to an .npz file of it, or the
-    prefix of a TensorFlow checkpoint ("object_discovery/ckpt-500", for ckpt-500.index and ckpt-500.data-00000-of-00001).
-    Raises ValueError, and leaves the model as it was, if a variable is missing or of another shape."""
+    prefix of a TensorFlow checkpoint ("object_discovery/ckpt-500", for ckpt-500.index and
+    ckpt-500.data-00000-of-00001). Raises ValueError, and leaves the model as it was, if a variable is missing or of
+    another shape."""
     if isinstance(variables, (str, Path)):
         variables = np.load(variables) if str(variables).endswith(".npz") else read_tf_checkpoint(variables)
     keys = {key.removeprefix("network/layer_with_weights-0/").removesuffix("/.ATTRIBUTES/VARIABLE_VALUE"): key
@@ -492,7 +498,7 @@ def load_official_weights(model, variables):
             elif path.startswith("decoder") and isinstance(module, nn.Conv2d):
                 convert = lambda a: np.transpose(a[::-1, ::-1], (2, 3, 0, 1))  # noqa: E731  [k, k, out, in], flipped
             else:
-                convert = lambda a: np.transpose(a, (3, 2, 0, 1))             # noqa: E731  also [k, k, out, in] transposed
+                convert = lambda a: np.transpose(a, (3, 2, 0, 1))              # noqa: E731  also [k, k, out, in]
             take(f"{name}.weight", f"{path}/kernel", convert)
             if module.bias is not None:
                 take(f"{name}.bias", f"{path}/bias")
@@ -502,9 +508,9 @@ def load_official_weights(model, variables):
 def read_tf_checkpoint(prefix):
     """{key: float32 array} of a TensorFlow 2 checkpoint of one shard, without TensorFlow.
 
-    PREFIX.index is a LevelDB table, uncompressed, of BundleEntry messages (tensorflow/core/protobuf/tensor_bundle.proto)
-    that say where in PREFIX.data-00000-of-00001 each array lies. Every checksum is checked.
-    Raises OSError for a missing file, ValueError for a damaged one."""
+    PREFIX.index is a LevelDB table, uncompressed, of BundleEntry messages
+    (tensorflow/core/protobuf/tensor_bundle.proto) that say where in PREFIX.data-00000-of-00001 each array lies. Every
+    checksum is checked. Raises OSError for a missing file, ValueError for a damaged one."""
     index, data = Path(f"{prefix}.index").read_bytes(), Path(f"{prefix}.data-00000-of-00001").read_bytes()
 
     def checked(buffer, crc, what):

@@ -571,7 +571,8 @@ def test_targets_have_the_official_order():
 
 
 def test_masks_and_images_are_cropped_alike(tmp_path):
-    """The masks file: crop as in the paper, evaluation after training, CLEVR6 by visibility, the cache rebuilt on a change."""
+    """The masks file: crop as in the paper, evaluation after training, CLEVR6 by visibility, the cache rebuilt on a
+    change."""
     for name in ("clevr_with_masks_train", "multi_dsprites_colored_on_grayscale", "tetrominoes_train"):
         source = ASSETS / "tfrecords" / f"{name.removesuffix('_train')}_sample.tfrecords"
         (tmp_path / f"{name}.tfrecords").write_bytes(source.read_bytes())

@@ -72,8 +72,8 @@ EXPERIMENTS = {  # task -> dataset -> what differs from that
     },
     "set_prediction": {"clevr": SET_PREDICTION, "clevr_like": SET_PREDICTION},
 }
-QUICK = dict(implicit=True, encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1), slot_loss=0.5, slot_loss_from=600,
-             batch_size=32, steps=4_000, lr=2e-3, warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500)
+QUICK = dict(implicit=True, encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1), slot_loss=0.5,
+             slot_loss_from=600, batch_size=32, steps=4_000, lr=2e-3, warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500)
 SMALL = {  # and with --small, for minutes on a CPU
     "object_discovery": {
         "tetrominoes": dict(QUICK, encoder_strides=(1, 2, 1), pixel_shuffle=3, train_count=40_000, eval_count=512),
@@ -199,8 +199,9 @@ def run(model, batch, slots_noise, device, dtype, num_iterations=None):
 def compute_loss(output, batch, slot_loss=0.0):
     """Mean squared error over batch, pixels and channels (section 2.2), or the set prediction's loss (section 2.3).
 
-    With slot_loss w, (1 - w) * error of the sum + w * sum of the slots' own errors, each weighted by its mask. The second
-    is never smaller: it adds what the slots disagree by where their masks overlap, so every pixel wants one owner."""
+    With slot_loss w, (1 - w) * error of the sum + w * sum of the slots' own errors, each weighted by its mask. The
+    second is never smaller: it adds what the slots disagree by where their masks overlap, so every pixel wants one
+    owner."""
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
     error = F.mse_loss(output.recon_combined, batch["image"])
@@ -243,14 +244,16 @@ def describe(result):
 
 
 def train(config, out, checkpoint=None):
-    """Trains by a config ({key: value} of RECIPE and of the flags) into the folder `out`, from a checkpoint if given."""
+    """Trains by a config ({key: value} of RECIPE and of the flags) into the folder `out`, from a checkpoint if
+    given."""
     device = choose_device(config["device"])
     dtype = choose_dtype(config["dtype"], device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     torch.manual_seed(config["seed"])
-    model = (load_model(checkpoint, out) if checkpoint else build_model(config)).to(device, memory_format=torch.channels_last)
+    model = load_model(checkpoint, out) if checkpoint else build_model(config)
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, config["beta2"]), fused=True)
     if checkpoint:
         try:
@@ -459,13 +462,15 @@ def free_name(path):
 
 
 def print_evaluation(args):
-    """The generalisation of section 4.1: the metrics after each number of iterations, on any number of objects and slots."""
+    """The generalisation of section 4.1: the metrics after each number of iterations, on any number of objects and
+    slots."""
     checkpoint = load_checkpoint(args.eval)
     config = make_config(args, checkpoint)
     device = choose_device(config["device"])
     dtype = choose_dtype(config["dtype"], device)
     scenes = load_scenes(config, "eval").to(device)
     model = load_model(checkpoint, args.eval).to(device, memory_format=torch.channels_last)
+    model.slot_attention.implicit = False  # without gradients its last iteration is one like the others
     typed = vars(args)
     print(f"{args.eval}, step {checkpoint['step']:,}: {len(scenes):,} held-out scenes of {config['data']} with "
           f"{config['min_objects']} to {config['max_objects']} objects, {config['num_slots']} slots")

@@ -4,7 +4,6 @@
     python visualize.py RUN              a run's folder, or a checkpoint file
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib
@@ -40,7 +39,8 @@ def colored(weights, colors):
 
 
 def over_image(weights, image, colors):
-    """One slot after the other: its weights [K, H, W] in its colour, over the greyed image [3, H, W] -> [K, H, W, 3]."""
+    """One slot after the other: its weights [K, H, W] in its colour, over the greyed image [3, H, W] -> [K, H, W,
+    3]."""
     grey = to_rgb(image).mean(-1, keepdim=True) * 0.6 + 0.2                   # [H, W, 1]
     weights = weights[..., None].float()                                      # [K, H, W, 1]
     return (1 - weights) * grey + weights * colors[:, None, None]
@@ -57,10 +57,8 @@ def decomposition_row(output, i, image, colors):
 def figure_3(model, images, noise, num_iterations, panels="abc"):
     """images [B, 3, H, W] in [-1, 1], noise [B, K, D] for the initial slots -> a matplotlib figure.
 
-    (a) every image taken apart; (b) the attention of the first image at each iteration, each cell of the feature map drawn
-    as a block of pixels (nearest); (c) its decomposition after each iteration."""
-    if model.slot_attention.implicit:  # without gradients it is one more iteration like the others
-        model.slot_attention.implicit, num_iterations = False, num_iterations + 1
+    (a) every image taken apart; (b) the attention of the first image at each iteration, each cell of the feature map
+    drawn as a block of pixels (nearest); (c) its decomposition after each iteration."""
     num_slots, size = noise.shape[1], images.shape[2:]
     colors = slot_colors(num_slots)
     slots = model.slot_attention.init_slots(noise)
@@ -101,10 +99,12 @@ def figure_3(model, images, noise, num_iterations, panels="abc"):
 
 @torch.no_grad()
 def figure_set_prediction(model, batch, noise, num_iterations):
-    """batch {image [B, 3, H, W], target [B, 10, 19]} -> a figure with one row per scene: the image with the true objects'
-    places (rings), then for each slot its attention (blocks of the feature map), the place it predicts (cross) and what.
+    """batch {image [B, 3, H, W], target [B, 10, 19]} -> a figure with one row per scene: the image with the true
+    objects' places (rings), then for each slot its attention (blocks of the feature map), the place it predicts (cross)
+    and what.
 
-    Green: the matched object has these properties and is nearer than 1. Red: not so. Grey: the slot says "no object"."""
+    Green: the matched object has these properties and is nearer than 1. Red: not so. Grey: the slot says "no
+    object"."""
     images, target = batch["image"], batch["target"]
     output = model(images, slots=model.slot_attention.init_slots(noise), num_iterations=num_iterations)
     pred, colors = output.predictions, slot_colors(noise.shape[1])
@@ -169,12 +169,13 @@ def main(argv=None):
         checkpoint = train.load_checkpoint(run)
         config = checkpoint["config"]
         model = train.load_model(checkpoint, run)
+        model.slot_attention.implicit = False  # without gradients its last iteration is one like the others
         scenes = train.load_scenes({**config, "data_root": args.data_root or config["data_root"], "download": False}, "eval")
         count = min(args.count, len(scenes))
         batch = scenes.batch(torch.arange(count))
         generator = torch.Generator().manual_seed(args.seed)
         num_slots = args.num_slots or config["num_slots"]
-        num_iterations = args.num_iterations or config["num_iterations"]
+        num_iterations = args.num_iterations or config["num_iterations"] + config["implicit"]
         noise = torch.randn(count, num_slots, config["slot_dim"], generator=generator)
         if config["task"] == "set_prediction":
             figure = figure_set_prediction(model, batch, noise, num_iterations)
