@@ -653,6 +653,18 @@ def test_training_repeats_resumes_and_draws(tmp_path, capsys):
         assert (tmp_path / f"{figure}.png").stat().st_size > 5_000
 
 
+def test_the_weights_that_come_with_the_code(tmp_path, monkeypatch, capsys):
+    """Before any run they draw Figure 3 into the current folder; they can be evaluated, but no run goes on from them."""
+    monkeypatch.chdir(tmp_path)
+    visualize.main([])
+    assert "no run" in capsys.readouterr().err and (tmp_path / "figure.png").stat().st_size > 50_000
+    assert (ASSETS / "demo.pt").stat().st_size < 1e6
+    train.main(["--eval", str(ASSETS / "demo.pt"), "--eval-count", "128", "--num-iterations", "4", "--device", "cpu", "--dtype", "float32"])
+    assert float(capsys.readouterr().out.split()[-1]) > 0.9
+    assert "weights only" in refused(capsys, train.main, ["--resume", str(ASSETS / "demo.pt")])
+    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_first(tmp_path, number):
     out = tmp_path / "run"

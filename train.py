@@ -120,14 +120,16 @@ def save_checkpoint(path, **content):
 
 
 def load_checkpoint(path):
-    """A run's folder or a checkpoint file -> its content. No code in the file is run. Raises OSError or ValueError."""
+    """A run's folder or a checkpoint file -> its content. No code in the file is run. A file of weights, such as
+    assets/demo.pt, is a checkpoint without the optimizer, which is then None. Raises OSError or ValueError."""
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint = {key: checkpoint[key] for key in ("config", "model", "optimizer", "step", "seconds")}
+        checkpoint = {"optimizer": checkpoint.get("optimizer"),
+                      **{key: checkpoint[key] for key in ("config", "model", "step", "seconds")}}
         checkpoint["config"] = {**{key: value for key, (value, _) in RECIPE.items()}, **checkpoint["config"]}
         return checkpoint
     except Exception as error:  # torch has many ways to say it: pickle, zip, runtime, key, type and value errors
@@ -441,6 +443,8 @@ def main(argv=None):
         if args.eval:
             return print_evaluation(args)
         checkpoint = load_checkpoint(args.resume) if args.resume else None
+        if checkpoint and checkpoint["optimizer"] is None:
+            raise ValueError(f"{args.resume} holds weights only, to draw and to evaluate: a run goes on from its checkpoint.pt")
         config = make_config(args, checkpoint)
         out = Path(args.resume or args.out or free_name(Path("runs") / (args.data or "demo")))
         out = out.parent if out.is_file() else out

@@ -1,6 +1,6 @@
 """Draws what a trained model sees: the paper's Figure 3.
 
-    python visualize.py                  the newest run under runs/
+    python visualize.py                  the newest run under runs/; before there is one, the demo's weights in assets/
     python visualize.py RUN              a run's folder, or a checkpoint file
 """
 
@@ -19,6 +19,9 @@ from slot_attention import minimum_cost_matching
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend that needs no screen
 
+# A run of `python train.py --seed 0` without its optimizer: c = torch.load("runs/demo/checkpoint.pt"); del c["optimizer"];
+# torch.save(c, "assets/demo.pt")
+DEMO = Path(__file__).resolve().parent / "assets" / "demo.pt"
 BACKGROUND = 1.0  # slot pictures stand on white, as in the paper
 
 
@@ -149,20 +152,25 @@ def figure_set_prediction(model, batch, noise, num_iterations):
 def newest_run():
     runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     if not runs:
-        raise FileNotFoundError("no run under runs/: train one with python train.py, or name a run's folder")
-    return runs[-1].parent
+        say("no run under runs/, so these are the weights that come with the code: python train.py --seed 0, four minutes")
+    return runs[-1].parent if runs else DEMO
+
+
+def default_out(run):
+    """The folder of a run; for a file of weights the current one."""
+    return (run if run.is_dir() else run.parent if run.name == "checkpoint.pt" else Path()) / "figure.png"
 
 
 def main(argv=None):
     parser = train.Parser(prog="visualize.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", nargs="?", help="a run's folder or a checkpoint; the newest under runs/ if not given")
+    parser.add_argument("run", nargs="?", help="a run's folder, or a file of weights; the newest under runs/ if not given")
     parser.add_argument("--figure", choices=("a", "b", "c", "all"), default="all", help="which parts of Figure 3")
     parser.add_argument("--count", type=train.parse_value(1), default=4, help="scenes in part (a), from the held-out split")
     parser.add_argument("--num-slots", type=train.parse_value(1), help="other than in training")
     parser.add_argument("--num-iterations", type=train.parse_value(1), help="other than in training")
     parser.add_argument("--data-root", help="where the real files are, if not where training found them")
     parser.add_argument("--seed", type=train.parse_value(0), default=0, help="of the slots' initial noise")
-    parser.add_argument("--out", help="the picture's path; figure.png in the run's folder if not given")
+    parser.add_argument("--out", help="the picture's path; figure.png in the run's folder, or here, if not given")
     args = parser.parse_args(argv)
     try:
         run = Path(args.run or newest_run())
@@ -181,7 +189,7 @@ def main(argv=None):
             figure = figure_set_prediction(model, batch, noise, num_iterations)
         else:
             figure = figure_3(model, batch["image"], noise, num_iterations, "abc" if args.figure == "all" else args.figure)
-        out = Path(args.out) if args.out else (run if run.is_dir() else run.parent) / "figure.png"
+        out = Path(args.out) if args.out else default_out(run)
         figure.savefig(out, dpi=120)
         say(f"drew {out}")
     except (OSError, ValueError) as error:
