@@ -117,10 +117,12 @@ class SlotAttention(nn.Module):
     implicit: the one-step gradient (Chang, Griffiths, Levine, 2022). Iterates T times without gradient to a near fixed
         point, then once more with it: T + 1 iterations, the memory of one. The initial slots get the gradient of that
         last step's input unchanged (straight through), so that mu and sigma still learn.
+    learned_queries: each slot has a mu of its own (Jia, Liu, Huang, 2023). A slot beyond the K of the constructor
+        starts from the first slots' again, with other noise.
     """
 
     def __init__(self, num_slots, dim, num_iterations=3, mlp_hidden_size=128, inputs_dim=None, eps=1e-8,
-                 implicit=False):
+                 implicit=False, learned_queries=False):
         super().__init__()
         check_sizes(num_slots=num_slots, dim=dim, num_iterations=num_iterations, mlp_hidden_size=mlp_hidden_size)
         self.num_slots, self.dim, self.num_iterations = num_slots, dim, num_iterations
@@ -131,7 +133,7 @@ class SlotAttention(nn.Module):
         self.norm_slots = layer_norm(dim)
         self.norm_mlp = layer_norm(dim)
 
-        self.slots_mu = nn.Parameter(torch.empty(1, 1, dim))  # shared by all slots
+        self.slots_mu = nn.Parameter(torch.empty(1, num_slots if learned_queries else 1, dim))  # 1: shared by all slots
         self.slots_log_sigma = nn.Parameter(torch.empty(1, 1, dim))
 
         self.project_q = nn.Linear(dim, dim, bias=False)
@@ -144,7 +146,8 @@ class SlotAttention(nn.Module):
 
     def init_slots(self, noise):
         """Standard normal noise [B, K, D] -> initial slots [B, K, D] ~ N(mu, sigma)."""
-        return self.slots_mu + self.slots_log_sigma.exp() * noise
+        mu = self.slots_mu[:, torch.arange(noise.shape[1]) % self.slots_mu.shape[1]]
+        return mu + self.slots_log_sigma.exp() * noise
 
     def iterate(self, slots, k, v):
         """One iteration of Algorithm 1: slots [B, K, D], k and v [B, N, D] -> slots, attn [B, K, N]."""
@@ -295,12 +298,13 @@ class SlotAttentionAutoEncoder(nn.Module):
     resolution: (H, W), or one number for both. Raises ValueError for sizes that make no model."""
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
-                 encoder_channels=64, encoder_strides=(1, 1, 1, 1),
+                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 1, 1, 1),
                  decoder_channels=64, decoder_strides=(2, 2, 2, 2, 1), decoder_kernel=5, pixel_shuffle=1):
         super().__init__()
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         self.encoder = Encoder(self.resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
-        self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit)
+        self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit,
+                                            learned_queries=learned_queries)
         self.decoder = Decoder(self.resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel,
                                pixel_shuffle)
         self.apply(keras_init)
@@ -333,11 +337,12 @@ class SlotAttentionClassifier(nn.Module):
     (1)."""
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
-                 encoder_channels=64, encoder_strides=(1, 2, 2, 1), num_outputs=19):
+                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 2, 2, 1), num_outputs=19):
         super().__init__()
         self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         self.encoder = Encoder(self.resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
-        self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit)
+        self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit,
+                                            learned_queries=learned_queries)
         self.mlp_classifier = mlp(slot_dim, slot_dim, num_outputs)
         self.apply(keras_init)
 

@@ -297,6 +297,15 @@ def test_implicit_is_one_more_iteration_with_gradient():
     torch.testing.assert_close(torch.autograd.grad(slots.sum(), module.gru.weight_ih), expected)
 
 
+def test_learned_queries_give_each_slot_a_mean_of_its_own():
+    module = sa.SlotAttention(3, 8, learned_queries=True)
+    assert module.slots_mu.shape == (1, 3, 8)
+    slots = module.init_slots(torch.zeros(2, 5, 8))  # two more than were trained: they start from the first two again
+    assert torch.equal(slots[0], module.slots_mu[0, [0, 1, 2, 0, 1]]) and torch.equal(slots[0], slots[1])
+    module(torch.randn(2, 6, 8))[0].square().sum().backward()
+    assert (module.slots_mu.grad.abs().sum(2) > 0).all()
+
+
 def test_slots_and_iterations_change_at_test_time():
     model = sa.SlotAttentionAutoEncoder(32, 4)
     image = torch.randn(2, 3, 32, 32)

@@ -35,6 +35,7 @@ RECIPE = {  # the paper's for CLEVR6 (appendix E), and what each value means
     "slot_dim": (64, "size of a slot, D"),
     "mlp_hidden_size": (128, "hidden size of the MLP behind the GRU"),
     "implicit": (False, "one-step gradient: iterate without gradient, then once with it"),
+    "learned_queries": (False, "a mean of its own for the initial state of each slot"),
     "resolution": (128, "height and width of the pictures"),
     "encoder_channels": (64, "channels of the encoder's convolutions"),
     "encoder_strides": ((1, 1, 1, 1), "stride of each convolution of the encoder, as 1,2,2,1"),
@@ -72,20 +73,22 @@ EXPERIMENTS = {  # task -> dataset -> what differs from that
     },
     "set_prediction": {"clevr": SET_PREDICTION, "clevr_like": SET_PREDICTION},
 }
-QUICK = dict(implicit=True, encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1), slot_loss=0.5,
-             slot_loss_from=600, batch_size=32, steps=4_000, lr=2e-3, warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500)
+QUICK = dict(implicit=True, encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1), slot_loss=0.5, slot_loss_from=600,
+             batch_size=32, steps=4_000, lr=2e-3, warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500)
+QUICK_64 = dict(QUICK, learned_queries=True, resolution=64, encoder_strides=(1, 2, 1), pixel_shuffle=4, slot_loss_from=2_000,
+                steps=8_000, decay_steps=2_000, train_count=10_000)
 SMALL = {  # and with --small, for minutes on a CPU
     "object_discovery": {
         "tetrominoes": dict(QUICK, encoder_strides=(1, 2, 1), pixel_shuffle=3, train_count=40_000, eval_count=512),
-        "multi_dsprites": dict(QUICK, encoder_strides=(2, 2, 1), pixel_shuffle=4, train_count=40_000),
-        "clevr_like": dict(QUICK, resolution=64, encoder_strides=(2, 2, 1), pixel_shuffle=4, train_count=10_000),
+        "multi_dsprites": dict(QUICK_64, train_count=40_000),
+        "clevr_like": QUICK_64,
     },
     "set_prediction": {
         "clevr_like": dict(resolution=64, encoder_channels=32, train_count=10_000, eval_count=1_000, batch_size=64, lr=1e-3,
                            steps=4_000, warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500),
     },
 }
-MODEL_KEYS = list(RECIPE)[:12]
+MODEL_KEYS = list(RECIPE)[:13]
 
 
 def learning_rate(step, lr, warmup, decay_rate, decay_steps):
@@ -100,7 +103,7 @@ def learning_rate(step, lr, warmup, decay_rate, decay_steps):
 
 def build_model(config):
     """The model that a run's config describes: {key of RECIPE: value}, and its task."""
-    keys = MODEL_KEYS if config["task"] == "object_discovery" else MODEL_KEYS[:8]
+    keys = MODEL_KEYS if config["task"] == "object_discovery" else MODEL_KEYS[:9]
     model = SlotAttentionAutoEncoder if config["task"] == "object_discovery" else SlotAttentionClassifier
     return model(**{key: config[key] for key in keys})
 
