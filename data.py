@@ -305,7 +305,8 @@ def resize(picture, resolution, crop="none"):
 
 
 def say(line, end="\n"):
-    print(line, end=end, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 def stamp(file):

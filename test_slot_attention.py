@@ -30,7 +30,7 @@ ASSETS = HERE / "assets"
 SAMPLES = HERE.parent / "shared" / "samples"  # a little real data that the project does not carry
 GOLDEN = np.load(ASSETS / "golden.npz")
 
-torch.set_num_threads(min(2, os.cpu_count()))
+torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 holds
 
 
 def golden(prefix):
@@ -686,6 +686,51 @@ def test_a_stopped_run_saves_first(tmp_path, number):
     assert process.wait(60) == 128 + number
     assert "--resume" in process.stderr.read()
     assert train.load_checkpoint(out)["step"] == log_of(out)[-1]["step"]
+
+
+def test_accumulated_gradient_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "main", lambda argv: None)
+    flags, states = [*TINY, "--steps", "2", "--clip", "0", "--slot-loss-from", "0"], []
+    for parts in "14":
+        train.main([*flags, "--accumulate", parts, "--out", str(tmp_path / parts)])
+        states.append(train.load_checkpoint(tmp_path / parts)["optimizer"]["state"])  # its means are of the gradients
+    for i, state in states[0].items():
+        torch.testing.assert_close(state["exp_avg"], states[1][i]["exp_avg"], rtol=1e-4, atol=1e-8)
+    for a, b in zip(*(log_of(tmp_path / parts) for parts in "14")):
+        np.testing.assert_allclose([b["loss"], b.get("eval_loss", 0)], [a["loss"], a.get("eval_loss", 0)], rtol=1e-6)
+
+
+def test_two_processes_train_as_one_and_resume_as_one(tmp_path, monkeypatch):
+    """Two processes, then a signal, then one process, against one process all along."""
+    monkeypatch.setattr(visualize, "main", lambda argv: None)
+    one, many = tmp_path / "one", tmp_path / "many"
+    flags = [*TINY, "--eval-count", "9", "--eval-every", "10", "--accumulate", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py"),
+               *flags, "--steps", "100000", "--out", str(many)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while time.time() < deadline and not ((many / "log.jsonl").exists() and len(log_of(many)) >= 20):
+        time.sleep(0.1)
+    process.terminate()
+    errors = process.communicate(timeout=60)[1]
+    assert errors.count("stopped and saved") == 1 and errors.count("tetrominoes: 64 scenes") == 1, errors
+    saved = train.load_checkpoint(many)["step"]
+    assert [row["step"] for row in log_of(many)] == list(range(1, saved + 1))
+    last = ["--steps", str(saved + 3)]
+    train.main(["--resume", str(many), *last, "--device", "cpu", "--no-compile", "--dtype", "float32", "--log-every", "1"])
+    train.main([*flags, *last, "--out", str(one)])
+    assert len(log_of(many)) == len(log_of(one)) == saved + 3
+    for a, b in zip(log_of(one), log_of(many)):
+        assert a.keys() == b.keys()
+        for key in ("loss", "eval_loss", "ari"):  # rounding errors grow with the steps
+            tolerance = (1e-5 if a["step"] <= 20 else 1e-3) * (10 if key == "ari" else 1)
+            np.testing.assert_allclose(b.get(key, 0), a.get(key, 0), rtol=tolerance, atol=1e-6, err_msg=f"{key} {a['step']}")
+
+
+def test_world_size_must_divide_the_batch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "WORLD_SIZE", 3)
+    assert "multiple of 6" in refused(capsys, train.main, [*TINY, "--accumulate", "2", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_on_the_original_clevr(tmp_path):

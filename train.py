@@ -4,6 +4,7 @@
     python train.py --data clevr                 the paper's recipe for CLEVR6; every value of it is a flag
     python train.py --resume runs/clevr          go on
     python train.py --eval runs/clevr            evaluate
+    torchrun --nproc_per_node=N train.py ...     on N GPUs, or N processes on the CPU: the same training
 
 A run is one folder: checkpoint.pt, log.jsonl (one JSON object a line) and its figure.
 """
@@ -15,10 +16,13 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import say
@@ -150,11 +154,15 @@ def load_model(checkpoint, where):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device and precision
+# Device, precision, processes
 # ---------------------------------------------------------------------------------------------------------------------
+
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(key, default)) for key, default in  # as torchrun numbers them
+                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
 def choose_device(name):
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" and WORLD_SIZE > 1 else name
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -173,32 +181,63 @@ def choose_dtype(name, device):
     return torch.bfloat16 if device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags) else torch.float32
 
 
+def join_processes(config):
+    """-> this process's device and dtype; under torchrun it meets the others, and each has a GPU of its own."""
+    if config["batch_size"] % (WORLD_SIZE * config["accumulate"]):
+        raise ValueError(f"--batch-size {config['batch_size']} cannot be shared out among {WORLD_SIZE} processes x "
+                         f"{config['accumulate']} parts (--accumulate): it must be a multiple of {WORLD_SIZE * config['accumulate']}")
+    device = choose_device(config["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    if WORLD_SIZE > 1 and not dist.is_initialized():  # the timeout: one may build a cache while the others wait
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return device, choose_dtype(config["dtype"], device)
+
+
+def over_processes(value, op=dist.ReduceOp.SUM):
+    """The sum (or another reduction) of a tensor over all processes."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(value, op)
+    return value
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training and evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def own_parts(x, config):
+    """A global batch [B, ...] -> this process's share of it, as --accumulate many tensors."""
+    return x.chunk(WORLD_SIZE * config["accumulate"])[RANK * config["accumulate"]:(RANK + 1) * config["accumulate"]]
+
+
 def noise(config, step, device):
-    """The slots' initial noise [B, K, D] of a training step, the same after a resume."""
+    """The slots' initial noise [B, K, D] of a training step, the same after a resume, in this process's parts."""
     generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step)
-    return torch.randn(config["batch_size"], config["num_slots"], config["slot_dim"], generator=generator).to(device)
+    x = torch.randn(config["batch_size"], config["num_slots"], config["slot_dim"], generator=generator)
+    x = x.pin_memory() if device.type == "cuda" else x  # else the copy waits for the device
+    return own_parts(x.to(device, non_blocking=True), config)
 
 
 def batches(config, scenes, step, device):
-    """The training batches from a step on: every epoch in a new order, which depends on seed and epoch alone."""
+    """The training batches from a step on, in this process's parts: every epoch in a new order, which depends on seed and
+    epoch alone."""
     size, per_epoch = config["batch_size"], len(scenes) // config["batch_size"]
     epoch, start = divmod(step, per_epoch)
     while True:
         generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
         order = torch.randperm(len(scenes), generator=generator)
         for i in range(start, per_epoch):
-            yield scenes.batch(order[i * size:(i + 1) * size], device)
+            yield [scenes.batch(index, device) for index in own_parts(order[i * size:(i + 1) * size], config)]
         epoch, start = epoch + 1, 0
 
 
-def run(model, batch, slots_noise, device, dtype, num_iterations=None):
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        return model(batch["image"], slots=model.slot_attention.init_slots(slots_noise), num_iterations=num_iterations)
+def run(model, batch, slots, dtype, num_iterations=None):
+    """The model's output from initial slots [B, K, D], its convolutions in dtype."""
+    with torch.autocast(slots.device.type, dtype, enabled=dtype != torch.float32):
+        return model(batch["image"], slots=slots, num_iterations=num_iterations)
 
 
 def compute_loss(output, batch, slot_loss=0.0):
@@ -218,25 +257,30 @@ def compute_loss(output, batch, slot_loss=0.0):
 
 @torch.no_grad()
 def evaluate(model, config, scenes, device, dtype, num_iterations=None):
-    """-> {"eval_loss", and "ari": mean FG-ARI where there are masks, or "ap": {threshold: AP}} over a whole split."""
-    loss, aris, predictions, targets, size = 0.0, [], [], [], config["batch_size"]
+    """-> {"eval_loss", and "ari": mean FG-ARI where there are masks, or "ap": {threshold: AP}} over a whole split, each
+    process a stretch of it."""
+    parts = {"eval_loss": [], "ari": [], "predictions": [], "targets": []}  # each [n] or [n, ...]: a value per scene
     generator = torch.Generator().manual_seed(0)  # the same noise at every evaluation
-    for start in range(0, len(scenes), size):
-        batch = scenes.batch(torch.arange(start, min(start + size, len(scenes))), device)
-        slots_noise = torch.randn(len(batch["image"]), config["num_slots"], config["slot_dim"], generator=generator)
-        output = run(model, batch, slots_noise.to(device), device, dtype, num_iterations)
-        loss += compute_loss(output, batch).item() * len(batch["image"]) / len(scenes)
+    slots_noise = torch.randn(len(scenes), config["num_slots"], config["slot_dim"], generator=generator)
+    own = torch.arange(len(scenes)).tensor_split(WORLD_SIZE)[RANK]
+    for index in own.split(config["batch_size"] // (WORLD_SIZE * config["accumulate"])) if len(own) else ():
+        batch = scenes.batch(index, device)
+        output = run(model, batch, model.slot_attention.init_slots(slots_noise[index].to(device)), dtype, num_iterations)
+        parts["eval_loss"].append(compute_loss(output, batch).expand(len(index)))
         if isinstance(output, SetPrediction):
-            predictions.append(output.predictions)
-            targets.append(batch["target"])
+            parts["predictions"].append(output.predictions)
+            parts["targets"].append(batch["target"])
         elif "label" in batch:
             true_mask = F.one_hot(batch["label"].flatten(1).long(), 11)[..., 1:]  # [B, P, 10]: without the background
-            aris.append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
-    result = {"eval_loss": loss}
-    if aris:
-        result["ari"] = torch.cat(aris).mean().item()
-    if predictions:
-        result["ap"] = {str(threshold): average_precision_clevr(torch.cat(predictions), torch.cat(targets), threshold)
+            parts["ari"].append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
+    everywhere = [{key: torch.cat(value).cpu() for key, value in parts.items() if value}]
+    if WORLD_SIZE > 1:
+        everywhere *= WORLD_SIZE
+        dist.all_gather_object(everywhere, everywhere[0])
+    whole = {key: torch.cat([part[key] for part in everywhere if key in part]) for key in everywhere[0]}
+    result = {key: whole[key].double().mean().item() for key in ("eval_loss", "ari") if key in whole}
+    if "predictions" in whole:
+        result["ap"] = {str(threshold): average_precision_clevr(whole["predictions"], whole["targets"], threshold)
                         for threshold in (math.inf, 1, 0.5, 0.25, 0.125)}
     return result
 
@@ -251,11 +295,7 @@ def describe(result):
 def train(config, out, checkpoint=None):
     """Trains by a config ({key: value} of RECIPE and of the flags) into the folder `out`, from a checkpoint if
     given."""
-    device = choose_device(config["device"])
-    dtype = choose_dtype(config["dtype"], device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    device, dtype = join_processes(config)
     torch.manual_seed(config["seed"])
     model = load_model(checkpoint, out) if checkpoint else build_model(config)
     model = model.to(device, memory_format=torch.channels_last)
@@ -273,47 +313,56 @@ def train(config, out, checkpoint=None):
         raise ValueError(f"--batch-size {config['batch_size']} is more than the {len(scenes)} training scenes there are")
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{config['data']}: {len(scenes):,} scenes, {len(held_out):,} held out; {parameters:,} parameters; "
-        f"{device}, {str(dtype).removeprefix('torch.')}; writing to {out}/")
+        f"{device}{f' x {WORLD_SIZE}' * (WORLD_SIZE > 1)}, {str(dtype).removeprefix('torch.')}; writing to {out}/")
     if "label" not in held_out.arrays:
         say("this dataset has no masks, so there is no FG-ARI")
 
-    out.mkdir(parents=True, exist_ok=True)
     log_path = out / "log.jsonl"
-    rows = read_log(log_path) if checkpoint else []
-    part = log_path.with_name("log.jsonl.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-    os.replace(part, log_path)
-    log = open(log_path, "a", buffering=1)
+    if RANK == 0:  # it alone writes
+        out.mkdir(parents=True, exist_ok=True)
+        rows = read_log(log_path) if checkpoint else []
+        part = log_path.with_name("log.jsonl.part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
+        os.replace(part, log_path)
+    log = open(log_path if RANK == 0 else os.devnull, "a", buffering=1)
 
     stop = []  # the signal that asked for it
     handlers = {number: signal.signal(number, lambda number, frame: stop.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
 
     def save():
-        save_checkpoint(out / "checkpoint.pt", config=config, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        step=step, seconds=seconds)
+        if RANK == 0:
+            save_checkpoint(out / "checkpoint.pt", config=config, model=model.state_dict(),
+                            optimizer=optimizer.state_dict(), step=step, seconds=seconds)
 
     forward = torch.compile(model) if config["compile"] else model
+    if WORLD_SIZE > 1:  # averages the gradients over the processes during backward
+        forward = DistributedDataParallel(forward)
     result, total, since, clock = {}, torch.zeros((), device=device), step, time.perf_counter()
-    for batch in batches(config, scenes, step, device):
+    for parts in batches(config, scenes, step, device):
         if step >= config["steps"]:
             break
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, *(config[k] for k in ("lr", "warmup", "decay_rate", "decay_steps")))
-        output = run(forward, batch, noise(config, step, device), device, dtype)
-        loss = compute_loss(output, batch, config["slot_loss"] if step >= config["slot_loss_from"] else 0.0)
+        slot_loss = config["slot_loss"] if step >= config["slot_loss_from"] else 0.0
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for i, (batch, slots_noise) in enumerate(zip(parts, noise(config, step, device))):
+            if WORLD_SIZE > 1:
+                forward.require_backward_grad_sync = i == len(parts) - 1
+            output = run(forward, batch, model.slot_attention.init_slots(slots_noise), dtype)
+            loss = compute_loss(output, batch, slot_loss) / len(parts)
+            loss.backward()
+            total += loss.detach()
         if config["clip"]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
         optimizer.step()
         step += 1
-        total += loss.detach()
 
         at_eval = step % config["eval_every"] == 0 or step == config["steps"]
-        if not (at_eval or stop or step % config["log_every"] == 0):
+        stopped = over_processes(torch.tensor(max(stop, default=0)), dist.ReduceOp.MAX).item()  # all at the same step
+        if not (at_eval or stopped or step % config["log_every"] == 0):
             continue  # the loss is read, and the device waited for, only where it is shown
-        row = {"step": step, "loss": total.item() / (step - since)}
+        row = {"step": step, "loss": over_processes(total).item() / WORLD_SIZE / (step - since)}
         elapsed, images = time.perf_counter() - clock, (step - since) * config["batch_size"]
         seconds += elapsed
         row["seconds"] = round(seconds, 1)
@@ -329,15 +378,17 @@ def train(config, out, checkpoint=None):
                 f"{clock_time(left)} left  {describe(result)}")
         if at_eval or sys.stderr.isatty():
             say(f"\r{line:100}" if sys.stderr.isatty() else line, end="\n" if at_eval else "")
-        if at_eval or stop:
+        if at_eval or stopped:
             save()
-        if stop:
+        if stopped:
             say(f"\nstopped and saved; to go on: python train.py --resume {out}")
-            sys.exit(128 + stop[0])
+            sys.exit(128 + stopped)
         total.zero_()
         since, clock = step, time.perf_counter()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
     say(f"trained in {clock_time(seconds)}")
 
 
@@ -358,9 +409,15 @@ def clock_time(seconds):
 
 
 def load_scenes(config, split):
+    """A split of the run's dataset. The first process of each machine is first: it builds the cache if there is none."""
     count = config["train_count" if split == "train" else "eval_count"]
     keys = "resolution", "crop", "min_objects", "max_objects", "download"
-    return data.load(config["data"], split, config["data_root"], count, **{key: config[key] for key in keys})
+    if dist.is_initialized() and LOCAL_RANK > 0:
+        dist.barrier()
+    scenes = data.load(config["data"], split, config["data_root"], count, **{key: config[key] for key in keys})
+    if dist.is_initialized() and LOCAL_RANK == 0:
+        dist.barrier()
+    return scenes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,8 +427,12 @@ def load_scenes(config, split):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line that says what is wrong, in place of argparse's usage."""
-        say(f"{self.prog}: {message}")
+        """One line that says what is wrong, in place of argparse's usage. Of many processes the first says it, and
+        torchrun then ends the others."""
+        if LOCAL_RANK > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5 * LOCAL_RANK)
+        print(f"{self.prog}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -407,6 +468,7 @@ def make_parser():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it")
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile")
+    add("--accumulate", type=parse_value(1), default=1, help="take each batch in so many parts: less memory, the same gradient")
     add("--log-every", type=parse_value(1), default=10, help="steps between lines of the log")
     recipe = parser.add_argument_group("the recipe (in brackets: the paper's for CLEVR6)")
     for key, (value, text) in RECIPE.items():
@@ -435,7 +497,7 @@ def make_config(args, checkpoint=None):
         crop = "none" if args.task == "set_prediction" else "official" if args.official_crop else "paper"
         config.update(data=name, task=args.task, seed=args.seed, crop=crop)
     config = {**config, **typed}
-    config.update({key: flags[key] for key in ("data_root", "download", "device", "dtype", "compile", "log_every")})
+    config.update({key: flags[key] for key in ("data_root", "download", "device", "dtype", "compile", "accumulate", "log_every")})
     return config
 
 
@@ -454,6 +516,8 @@ def main(argv=None):
         if not args.resume and (out / "checkpoint.pt").exists():
             raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
         train(config, out, checkpoint)
+        if RANK > 0:
+            return
         import visualize  # not above: it imports this file
         visualize.main([str(out)])
         say(f"look at {out}/figure.png; evaluate with: python train.py --eval {out}")
@@ -473,17 +537,17 @@ def print_evaluation(args):
     slots."""
     checkpoint = load_checkpoint(args.eval)
     config = make_config(args, checkpoint)
-    device = choose_device(config["device"])
-    dtype = choose_dtype(config["dtype"], device)
+    device, dtype = join_processes(config)
     scenes = load_scenes(config, "eval").to(device)
     model = load_model(checkpoint, args.eval).to(device, memory_format=torch.channels_last)
     model.slot_attention.implicit = False  # without gradients its last iteration is one like the others
     typed = vars(args)
-    print(f"{args.eval}, step {checkpoint['step']:,}: {len(scenes):,} held-out scenes of {config['data']} with "
-          f"{config['min_objects']} to {config['max_objects']} objects, {config['num_slots']} slots")
+    show = print if RANK == 0 else lambda *args, **kwargs: None
+    show(f"{args.eval}, step {checkpoint['step']:,}: {len(scenes):,} held-out scenes of {config['data']} with "
+         f"{config['min_objects']} to {config['max_objects']} objects, {config['num_slots']} slots")
     for num_iterations in [typed["num_iterations"]] if "num_iterations" in typed else range(1, 9):
         result = evaluate(model, config, scenes, device, dtype, num_iterations=num_iterations)
-        print(f"{num_iterations} iterations  {describe(result)}", flush=True)
+        show(f"{num_iterations} iterations  {describe(result)}", flush=True)
 
 
 if __name__ == "__main__":
