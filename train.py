@@ -431,7 +431,7 @@ class Parser(argparse.ArgumentParser):
         torchrun then ends the others."""
         if LOCAL_RANK > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5 * LOCAL_RANK)
+            time.sleep(10 * LOCAL_RANK)
         print(f"{self.prog}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
