@@ -14,6 +14,7 @@ import time
 from itertools import permutations
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -498,6 +499,14 @@ def test_multi_dsprites_follow_the_law():
     color = (scenes["color"] * 255).round()[np.arange(500)[:, None, None], mask.argmax(1)]
     assert np.abs(color - image).max() <= 1
     assert (scenes["color"][:, 0].std(1) < 1e-6).all()
+    assert len(np.unique(scenes["scale"][:, 1:][there[:, 1:] > 0])) == 6
+    assert len(np.unique(scenes["orientation"][:, 1:][there[:, 1:] > 0])) == 40
+    last, all_of_them = there.sum(1).astype(int) - 1, np.arange(500)  # no sprite stands before the last one
+    whole = mask[all_of_them, last]
+    for key, axis in (("x", 1), ("y", 2)):
+        center = (whole.sum(axis) * np.arange(64)).sum(1) / whole.sum((1, 2))
+        error = np.abs(center - (16 + 31 * scenes[key][all_of_them, last]))
+        assert error[scenes["shape"][all_of_them, last] < 3].max() < 0.6 and error.max() < 4  # a heart is not symmetric
     again = data.make_multi_dsprites(500, 0)
     assert all((again[key] == scenes[key]).all() for key in scenes)
 
@@ -522,6 +531,30 @@ def test_clevr_like_follows_the_law():
     assert all((again[key] == scenes[key][:5]).all() for key in ("image", "mask", "x"))
     few = data.make_clevr_like(8, 1, resolution=32, min_objects=7, max_objects=8, crop=False)
     assert set(few["visibility"].sum(1)) <= {8, 9}
+
+
+def test_clevr_like_keeps_clevrs_distances_and_colours():
+    drawn = data._draw(np.random.default_rng(0), np.full(32, 10))
+    radius = np.array([0, 0.7, 0.35])[drawn["size"]]
+    place = np.stack([drawn["x"], drawn["y"]], 2)
+    step = (place[:, :, None] - place[:, None])[:, ~np.eye(10, dtype=bool)]                       # [32, 90, 2]
+    gap = np.hypot(*step.T).T - (radius[:, :, None] + radius[:, None])[:, ~np.eye(10, dtype=bool)]
+    assert 0.25 <= gap.min() < 0.4
+    ahead = -drawn["camera"][:, :2] / np.hypot(*drawn["camera"][:, :2].T)[:, None]
+    aside = ahead[:, ::-1] * (1, -1)
+    for axis in (ahead, aside):
+        assert 0.399 < np.abs((step * axis[:, None]).sum(2)).min() < 0.45
+
+    scenes = data.make_clevr_like(16, 0, resolution=96, crop=False)
+    mask, there = scenes["mask"][:, 1:], scenes["visibility"][:, 1:] > 0
+    seen = mask.mean((2, 3))[there] * 320 * 240
+    assert 150 < seen.min() < 400  # 200, decided on a coarser map
+    errors = []
+    for i, e in zip(*np.nonzero(there & (scenes["material"][:, 1:] == 1) & (scenes["color"][:, 1:] != 6))):  # not gray
+        hue, saturation, _ = matplotlib.colors.rgb_to_hsv(scenes["image"][i][mask[i, e] > 0].mean(0) / 255)
+        wanted = matplotlib.colors.rgb_to_hsv(np.array(data._COLORS[scenes["color"][i, e + 1] - 1]) / 255)[0]
+        errors.append(abs((hue - wanted + 0.5) % 1 - 0.5))
+    assert len(errors) > 20 and np.median(errors) < 0.03 and max(errors) < 0.1
 
 
 @pytest.mark.skipif(not SAMPLES.exists(), reason="the real scenes are not in the project")
