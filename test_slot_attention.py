@@ -793,10 +793,20 @@ def refused(capsys, main, flags):
     return lines[0]
 
 
+def test_every_experiment_has_a_small_recipe():
+    for task, table in train.EXPERIMENTS.items():
+        for name in table:
+            for small in ([], ["--small"]):
+                config = train.make_config(train.make_parser().parse_args(["--task", task, "--data", name, *small]))
+                model, size = train.build_model(config), config["resolution"]
+                assert torch.isfinite(model(torch.zeros(1, 3, size, size))[0]).all()
+            assert config["steps"] <= 12_000 and set(train.SMALL[task]) == set(table)
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--data nothing", "nothing"), ("--steps 0", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--lr inf", "--lr"),
     ("--batch-size x", "--batch-size"), ("--encoder-strides 1,0", "--encoder-strides"), ("--unknown 1", "unknown"),
-    ("--data clevr --data-root /nowhere", "--download"), ("--data clevr --small", "--small"),
+    ("--data clevr --data-root /nowhere", "--download"), ("--data tetrominoes --task set_prediction", "clevr_like"),
     ("--task set_prediction --data tetrominoes", "--task"), ("--resume /nowhere", "no checkpoint"),
     ("--eval /nowhere", "no checkpoint"), ("--data multi_dsprites_on_colored --data-root /nowhere", "no multi_dsprites"),
     ("--train-count 8 --batch-size 64 --eval-count 8", "--batch-size"), ("--device nowhere", "--device")])

@@ -81,16 +81,18 @@ QUICK = dict(implicit=True, encoder_channels=32, decoder_channels=32, decoder_st
              batch_size=32, steps=4_000, lr=2e-3, warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500)
 QUICK_64 = dict(QUICK, learned_queries=True, resolution=64, encoder_strides=(1, 2, 1), pixel_shuffle=4, slot_loss_from=2_000,
                 steps=8_000, decay_steps=2_000, train_count=10_000)
+QUICK_SETS = dict(implicit=True, learned_queries=True, encoder_channels=32, encoder_strides=(2, 2, 2, 1), train_count=10_000,
+                  eval_count=1_000, batch_size=32, steps=12_000, lr=2e-3, warmup=200, decay_steps=3_000, beta2=0.95, clip=1.0,
+                  eval_every=500)
 SMALL = {  # and with --small, for minutes on a CPU
     "object_discovery": {
         "tetrominoes": dict(QUICK, encoder_strides=(1, 2, 1), pixel_shuffle=3, train_count=40_000, eval_count=512),
         "multi_dsprites": dict(QUICK_64, train_count=40_000),
+        "multi_dsprites_on_colored": dict(QUICK_64, train_count=40_000),
+        "clevr": QUICK_64,
         "clevr_like": QUICK_64,
     },
-    "set_prediction": {
-        "clevr_like": dict(resolution=64, encoder_channels=32, train_count=10_000, eval_count=1_000, batch_size=64, lr=1e-3,
-                           steps=4_000, warmup=200, decay_steps=1_000, beta2=0.95, clip=1.0, eval_every=500),
-    },
+    "set_prediction": {"clevr": QUICK_SETS, "clevr_like": QUICK_SETS},
 }
 MODEL_KEYS = list(RECIPE)[:13]
 
@@ -489,9 +491,8 @@ def make_config(args, checkpoint=None):
             raise ValueError(f"--{fixed[0].replace('_', '-')} cannot change when a run goes on (it has {config[fixed[0]]})")
     else:
         name, small = args.data or "tetrominoes", args.small or not args.data
-        for flag, table in [("--task " + args.task, EXPERIMENTS[args.task])] + small * [("--small", SMALL[args.task])]:
-            if name not in table:
-                raise ValueError(f"there is no {flag} for --data {name}; there is for {', '.join(table)}")
+        if name not in EXPERIMENTS[args.task]:
+            raise ValueError(f"there is no --task {args.task} for --data {name}; there is for {', '.join(EXPERIMENTS[args.task])}")
         config = {key: value for key, (value, _) in RECIPE.items()}
         config.update(EXPERIMENTS[args.task][name], **(SMALL[args.task][name] if small else {}))
         crop = "none" if args.task == "set_prediction" else "official" if args.official_crop else "paper"
