@@ -9,6 +9,7 @@ Section, equation and algorithm numbers below are those of the paper. Shapes are
 Contents: layers, SlotAttention (Algorithm 1), the two models (2.2, 2.3), losses and metrics, the official weights.
 """
 
+import functools
 import math
 import re
 from itertools import combinations
@@ -178,7 +179,7 @@ class SlotAttention(nn.Module):
         with torch.autocast(k.device.type, enabled=False):                    # small and sensitive: keep its precision
             k, v = k.to(slots.dtype), v.to(slots.dtype)
             if self.implicit:
-                init = slots
+                init, slots = slots, slots.detach()
                 with torch.no_grad():
                     for _ in range(num_iterations):
                         slots, attn = self.iterate(slots, k, v)
@@ -250,31 +251,34 @@ class Decoder(nn.Module):
             layers.append(nn.PixelShuffle(pixel_shuffle))
         self.cnn = nn.Sequential(*layers)
 
+        (h, w), k = self.grid_size, kernel_size
+        if strides[0] == 1 and min(h, w) >= k:                                # for first_layer
+            rows, cols = ([min(i, k // 2) + max(i - size + 1 + k // 2, 0) for i in range(size)] for size in (h, w))
+            copy = torch.zeros(h, w, k, k)
+            copy[torch.arange(h)[:, None], torch.arange(w), torch.tensor(rows)[:, None], torch.tensor(cols)] = 1
+            self.register_buffer("copy", copy.view(h * w, k * k), persistent=False)
+
     def forward(self, slots):
-        h, w = self.grid_size
-        first, *rest = self.cnn
-        k = first.kernel_size[0]
-        if first.stride[0] == 1 and min(h, w) >= k:
-            x = self.first_layer(slots)                                       # [M, C, h, w]; the same, less work
-        else:
-            x = slots[:, None, None, :].expand(-1, h, w, -1)                  # [M, h, w, D]
-            x = first(self.pos(x).permute(0, 3, 1, 2))                        # [M, C, h', w']
-        for layer in rest:
+        x = self.first_layer(slots)                                           # [M, C, h', w']
+        for layer in self.cnn[1:]:
             x = layer(x)
         return x[:, :, :self.resolution[0], :self.resolution[1]]              # [M, 4, H, W]
 
+    def broadcast(self, slots):
+        """slots [M, D] -> [M, D, h, w]: each on every cell of the grid, with the position embedding."""
+        return self.pos(slots[:, None, None, :].expand(-1, *self.grid_size, -1)).permute(0, 3, 1, 2)
+
     def first_layer(self, slots):
-        """conv(broadcast slot + position embedding), taken apart by linearity. The embedding's part is the same for
-        every slot. The slot's part is constant but for the k // 2 rows and columns that see the zero padding on each
-        side: a k x k map has all of its values, and each is copied to the places where the padding cuts the kernel
-        alike."""
+        """The first convolution of the broadcast slots. At stride 1 it is taken apart by linearity: the same, with less
+        work. The position embedding's part is the same for every slot. The slot's part is constant but for the k // 2
+        rows and columns that see the zero padding on each side: a k x k map has all of its values, and each is copied
+        to the places where the padding cuts the kernel alike."""
         (h, w), conv = self.grid_size, self.cnn[0]
+        if not hasattr(self, "copy"):
+            return conv(self.broadcast(slots))                                # [M, C, h', w']
         k = conv.kernel_size[0]
         x = conv(slots[:, :, None, None].expand(-1, -1, k, k))                # [M, C, k, k]
-        rows, cols = ([min(i, k // 2) + max(i - size + 1 + k // 2, 0) for i in range(size)] for size in (h, w))
-        copy = torch.zeros(h, w, k, k, device=x.device, dtype=x.dtype)
-        copy[torch.arange(h)[:, None], torch.arange(w), torch.tensor(rows)[:, None], torch.tensor(cols)] = 1
-        x = copy.view(h * w, k * k) @ x.permute(0, 2, 3, 1).flatten(1, 2)     # [M, h * w, C]
+        x = self.copy.to(x.dtype) @ x.permute(0, 2, 3, 1).flatten(1, 2)       # [M, h * w, C]
         zero = torch.zeros(1, h, w, slots.shape[1], device=x.device, dtype=x.dtype)
         pos = F.conv2d(self.pos(zero).permute(0, 3, 1, 2), conv.weight, padding=k // 2)  # [1, C, h, w]
         return x.unflatten(1, (h, w)).permute(0, 3, 1, 2) + pos
@@ -397,8 +401,7 @@ def minimum_cost_matching(cost):
     best = cost.new_zeros(2 ** m, cost.shape[2])                              # [2^m, B]
     choice = torch.zeros(2 ** m, cost.shape[2], dtype=torch.int64, device=cost.device)
     for row in range(n):
-        subsets = torch.tensor([sum(1 << c for c in s) for s in combinations(range(m), row + 1)], device=cost.device)
-        members = torch.tensor(list(combinations(range(m), row + 1)), device=cost.device)      # [L, row + 1]
+        subsets, members = subsets_of(m, row + 1, cost.device)                                 # [L], [L, row + 1]
         options = best[subsets[:, None] - (1 << members)] + cost[row, members]                 # [L, row + 1, B]
         best[subsets], chosen = options.min(dim=1)
         choice[subsets] = members.gather(1, chosen)
@@ -409,6 +412,13 @@ def minimum_cost_matching(cost):
         subset = subset - (1 << cols[-1])
     cols = torch.stack(cols[::-1], dim=1)
     return torch.arange(n, device=cost.device).expand_as(cols), cols
+
+
+@functools.lru_cache(maxsize=64)  # a new tensor on a GPU would make each step wait
+def subsets_of(m, size, device):
+    """The L subsets of range(m) with so many members: as numbers, one bit a member [L], and as members [L, size]."""
+    members = torch.tensor(list(combinations(range(m), size)))
+    return (1 << members).sum(dim=1).to(device), members.to(device)
 
 
 def hungarian_huber_loss(pred, target):

@@ -721,6 +721,43 @@ def test_a_stopped_run_saves_first(tmp_path, number):
     assert train.load_checkpoint(out)["step"] == log_of(out)[-1]["step"]
 
 
+def test_bfloat16_only_where_the_cpu_multiplies_in_it(monkeypatch):
+    cpu = torch.device("cpu")
+    cpuinfo = train.cpu_features() & {"avx512_bf16", "amx_bf16"}
+    with monkeypatch.context() as patch:  # an older torch: Linux says the same
+        patch.delattr(torch.cpu, "get_capabilities", raising=False)
+        if Path("/proc/cpuinfo").exists():
+            assert train.cpu_features() & {"avx512_bf16", "amx_bf16"} == cpuinfo
+    for there, expected in (("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("avx512_f", torch.float32)):
+        told = {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": False, there: True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+        assert train.choose_dtype("auto", cpu) == expected
+    assert train.choose_dtype("bfloat16", cpu) == torch.bfloat16 and train.choose_dtype("float32", cpu) == torch.float32
+
+
+def test_memory_of_the_one_step_gradient_does_not_grow():
+    """The bytes that are kept for the backward pass, after 1 and 8 iterations."""
+    def saved(implicit, num_iterations):
+        module, kept = sa.SlotAttention(4, 16, implicit=implicit), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.update({x.data_ptr(): x.nbytes}), x)[1], lambda x: x):
+            slots, _ = module(torch.randn(2, 100, 16), num_iterations=num_iterations)
+        return sum(kept.values())
+    assert saved(True, 8) == saved(True, 1)
+    assert saved(False, 8) > 2 * saved(False, 1)
+
+
+def test_benchmark_prints_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main([*TINY, "--benchmark", "--accumulate", "2"])
+    line = json.loads(capsys.readouterr().out)
+    least = min(line["ms"]["step"])
+    assert line["ms"]["step"][0] >= least > 0 and line["peak_memory_gb"] > 0
+    np.testing.assert_allclose(line["images_per_s"], 8 / line["ms"]["step"][0] * 1e3, rtol=0.02)
+    np.testing.assert_allclose(line["share_of_matmul"]["float32"], line["tflops"]["model"] / line["tflops"]["matmul_float32"],
+                               atol=0.02, rtol=0.1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_accumulated_gradient_is_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "main", lambda argv: None)
     flags, states = [*TINY, "--steps", "2", "--clip", "0", "--slot-loss-from", "0"], []

@@ -4,6 +4,7 @@
     python train.py --data clevr                 the paper's recipe for CLEVR6; every value of it is a flag
     python train.py --resume runs/clevr          go on
     python train.py --eval runs/clevr            evaluate
+    python train.py --data clevr --benchmark     time its training step
     torchrun --nproc_per_node=N train.py ...     on N GPUs, or N processes on the CPU: the same training
 
 A run is one folder: checkpoint.pt, log.jsonl (one JSON object a line) and its figure.
@@ -12,8 +13,10 @@ A run is one folder: checkpoint.pt, log.jsonl (one JSON object a line) and its f
 import argparse
 import json
 import math
+import operator
 import os
 import signal
+import statistics
 import sys
 import time
 from datetime import timedelta
@@ -23,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from data import say
@@ -178,9 +182,15 @@ def choose_dtype(name, device):
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_features() & {"avx512_bf16", "amx_bf16"} else torch.float32
+
+
+def cpu_features():
+    """The names of what the CPU can do: from torch where it tells (all systems), else from Linux."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
     cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return torch.bfloat16 if device.type == "cpu" and ("avx512_bf16" in flags or "amx_bf16" in flags) else torch.float32
+    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
 
 
 def join_processes(config):
@@ -213,6 +223,15 @@ def over_processes(value, op=dist.ReduceOp.SUM):
 def own_parts(x, config):
     """A global batch [B, ...] -> this process's share of it, as --accumulate many tensors."""
     return x.chunk(WORLD_SIZE * config["accumulate"])[RANK * config["accumulate"]:(RANK + 1) * config["accumulate"]]
+
+
+def fast(model, config, device):
+    """-> the model on its device, the same compiled and distributed as training calls it, and its optimizer."""
+    model = model.to(device, memory_format=torch.channels_last)
+    forward = torch.compile(model) if config["compile"] else model
+    if WORLD_SIZE > 1:  # averages the gradients over the processes during backward
+        forward = DistributedDataParallel(forward)
+    return model, forward, torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, config["beta2"]), fused=True)
 
 
 def noise(config, step, device):
@@ -294,14 +313,35 @@ def describe(result):
                      for key, value in result.items())
 
 
+def train_step(model, forward, optimizer, parts, config, step, dtype):
+    """One step on this process's parts of a batch -> their mean loss, a tensor: to read it is to wait for the device.
+
+    forward: the model as it is called, compiled or distributed."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, *(config[k] for k in ("lr", "warmup", "decay_rate", "decay_steps")))
+    slot_loss = config["slot_loss"] if step >= config["slot_loss_from"] else 0.0
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for i, (batch, slots_noise) in enumerate(zip(parts, noise(config, step, parts[0]["image"].device))):
+        if WORLD_SIZE > 1:
+            forward.require_backward_grad_sync = i == len(parts) - 1
+        output = run(forward, batch, model.slot_attention.init_slots(slots_noise), dtype)
+        loss = compute_loss(output, batch, slot_loss) / len(parts)
+        loss.backward()
+        total += loss.detach()
+    if config["clip"]:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
+    optimizer.step()
+    return total
+
+
 def train(config, out, checkpoint=None):
     """Trains by a config ({key: value} of RECIPE and of the flags) into the folder `out`, from a checkpoint if
     given."""
     device, dtype = join_processes(config)
     torch.manual_seed(config["seed"])
     model = load_model(checkpoint, out) if checkpoint else build_model(config)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, config["beta2"]), fused=True)
+    model, forward, optimizer = fast(model, config, device)
     if checkpoint:
         try:
             optimizer.load_state_dict(checkpoint["optimizer"])
@@ -311,8 +351,6 @@ def train(config, out, checkpoint=None):
 
     scenes = load_scenes(config, "train").to(device)
     held_out = load_scenes(config, "eval").to(device)
-    if len(scenes) < config["batch_size"]:
-        raise ValueError(f"--batch-size {config['batch_size']} is more than the {len(scenes)} training scenes there are")
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{config['data']}: {len(scenes):,} scenes, {len(held_out):,} held out; {parameters:,} parameters; "
         f"{device}{f' x {WORLD_SIZE}' * (WORLD_SIZE > 1)}, {str(dtype).removeprefix('torch.')}; writing to {out}/")
@@ -337,27 +375,11 @@ def train(config, out, checkpoint=None):
             save_checkpoint(out / "checkpoint.pt", config=config, model=model.state_dict(),
                             optimizer=optimizer.state_dict(), step=step, seconds=seconds)
 
-    forward = torch.compile(model) if config["compile"] else model
-    if WORLD_SIZE > 1:  # averages the gradients over the processes during backward
-        forward = DistributedDataParallel(forward)
     result, total, since, clock = {}, torch.zeros((), device=device), step, time.perf_counter()
     for parts in batches(config, scenes, step, device):
         if step >= config["steps"]:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, *(config[k] for k in ("lr", "warmup", "decay_rate", "decay_steps")))
-        slot_loss = config["slot_loss"] if step >= config["slot_loss_from"] else 0.0
-        optimizer.zero_grad(set_to_none=True)
-        for i, (batch, slots_noise) in enumerate(zip(parts, noise(config, step, device))):
-            if WORLD_SIZE > 1:
-                forward.require_backward_grad_sync = i == len(parts) - 1
-            output = run(forward, batch, model.slot_attention.init_slots(slots_noise), dtype)
-            loss = compute_loss(output, batch, slot_loss) / len(parts)
-            loss.backward()
-            total += loss.detach()
-        if config["clip"]:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip"])
-        optimizer.step()
+        total += train_step(model, forward, optimizer, parts, config, step, dtype)
         step += 1
 
         at_eval = step % config["eval_every"] == 0 or step == config["steps"]
@@ -419,7 +441,66 @@ def load_scenes(config, split):
     scenes = data.load(config["data"], split, config["data_root"], count, **{key: config[key] for key in keys})
     if dist.is_initialized() and LOCAL_RANK == 0:
         dist.barrier()
+    if split == "train" and len(scenes) < config["batch_size"]:
+        raise ValueError(f"--batch-size {config['batch_size']} is more than the {len(scenes)} training scenes there are")
     return scenes
+
+
+def benchmark(config):
+    """Prints one JSON line: how long a training step takes with its data and without (on a batch that is already there), the
+    same for the plain model (float32, NCHW, eager, every layer as written), and matrix products for comparison. All of
+    them are timed in turn, so that what else the machine does slows all alike."""
+    device, dtype = join_processes(config)
+    wait = getattr(torch, device.type).synchronize
+    model, forward, optimizer = fast(build_model(config), config, device)
+    plain = build_model(config).to(device)
+    if hasattr(plain, "decoder"):
+        plain.decoder.first_layer = lambda slots: plain.decoder.cnn[0](plain.decoder.broadcast(slots).contiguous())
+    plain_optimizer = torch.optim.Adam(plain.parameters())
+    scenes = load_scenes({**config, "train_count": min(config["train_count"], 2 * config["batch_size"])}, "train").to(device)
+    stream = batches(config, scenes, 0, device)
+    parts = next(stream)
+    plain_parts = [{**batch, "image": batch["image"].contiguous()} for batch in parts]
+    size = 2048 if device.type == "cpu" else 8192
+    matrices = {name: torch.randn(size, size, device=device).to(name) for name in (torch.bfloat16, torch.float32)}
+    timed = {
+        "step": lambda: train_step(model, forward, optimizer, next(stream), config, 0, dtype),
+        "step_without_data": lambda: train_step(model, forward, optimizer, parts, config, 0, dtype),
+        "plain_step": lambda: train_step(plain, plain, plain_optimizer, plain_parts, config, 0, torch.float32),
+        **{f"matmul_{str(name).removeprefix('torch.')}": lambda x=x: x @ x for name, x in matrices.items()}}
+
+    with FlopCounterMode(display=False) as counter:
+        train_step(model, model, optimizer, parts, config, 0, dtype)
+    for _ in range(3):
+        timed["step"]()
+    wait()
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource  # not on Windows
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    times, repeat = {key: [] for key in timed}, 1 if device.type == "cpu" else 10  # a GPU works on while Python is ahead
+    for i in range(11):
+        for key, call in timed.items():
+            wait()
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            wait()
+            times[key] += [(time.perf_counter() - start) / repeat] if i > 0 else []  # the first is warm-up
+
+    median = {key: statistics.median(values) for key, values in times.items()}
+    rate = {"model": counter.get_total_flops() / median["step"], **{key: 2 * size ** 3 / median[key] for key in timed if "mat" in key}}
+    if RANK == 0:
+        print(json.dumps({
+            "data": config["data"], "task": config["task"], "batch_size": config["batch_size"], "processes": WORLD_SIZE,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type, "threads": torch.get_num_threads(),
+            "dtype": str(dtype).removeprefix("torch."), "compile": config["compile"], "torch": torch.__version__,
+            "images_per_s": round(config["batch_size"] / median["step"], 2),
+            "ms": {key: [round(1e3 * f(values), 2) for f in (statistics.median, min, max)] for key, values in times.items()},
+            "plain_over_step": round(statistics.median(map(operator.truediv, times["plain_step"], times["step"])), 3),
+            "peak_memory_gb": round(memory / 1e9, 2), "tflops": {key: round(value / 1e12, 4) for key, value in rate.items()},
+            "share_of_matmul": {key[7:]: round(rate["model"] / rate[key], 3) for key in rate if "mat" in key}}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -466,6 +547,7 @@ def make_parser():
     add("--out", help="the run's folder; runs/NAME or the next free name if not given")
     add("--resume", metavar="RUN", help="go on with this run")
     add("--eval", metavar="RUN", help="evaluate this run, for 1 to 8 iterations unless --num-iterations is given")
+    add("--benchmark", action="store_true", help="time the training step: one line of JSON, in ms median, least and most")
     add("--seed", type=parse_value(0), help="of weights, order and noise", default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it")
@@ -512,6 +594,8 @@ def main(argv=None):
         if checkpoint and checkpoint["optimizer"] is None:
             raise ValueError(f"{args.resume} holds weights only, to draw and to evaluate: a run goes on from its checkpoint.pt")
         config = make_config(args, checkpoint)
+        if args.benchmark:
+            return benchmark(config)
         out = Path(args.resume or args.out or free_name(Path("runs") / (args.data or "demo")))
         out = out.parent if out.is_file() else out
         if not args.resume and (out / "checkpoint.pt").exists():
