@@ -437,9 +437,7 @@ def make_tetrominoes(count, seed):
         piece[todo] = rng.integers(len(TETROMINOES), size=(len(todo), 3))
         extent = 5 * (TETROMINO_CELLS.max(axis=1) + 1)[piece[todo]]                # [m, 3, 2]
         corner[todo] = rng.integers(35 - extent + 1)
-        cells = corner[todo][:, :, None] + 5 * TETROMINO_CELLS[piece[todo]]        # [m, 3, 4, 2], each cell's top left
-        gaps = np.abs(cells[:, [0, 0, 1], :, None] - cells[:, [1, 2, 2], None, :])  # [m, 3 pairs, 4, 4, 2]
-        todo = todo[(gaps < 5).all(axis=-1).any(axis=(1, 2, 3))]
+        todo = todo[tetrominoes_overlap(piece[todo], corner[todo])]
     color = TETROMINO_COLORS[rng.integers(len(TETROMINO_COLORS), size=(count, 3))]
     image, mask = draw_tetrominoes(piece, corner, color)
 
@@ -450,6 +448,40 @@ def make_tetrominoes(count, seed):
     return {"image": image, "mask": mask, "shape": with_background(piece + 1, 0), "color": with_background(color, 0),
             "x": with_background(center[..., 1], 0), "y": with_background(center[..., 0], 0),
             "visibility": np.ones((count, 4), np.float32)}
+
+
+def make_moving_tetrominoes(count, frames, seed, speed=2.0):
+    """Clips that begin with such scenes: each piece moves `speed` pixels a frame, straight on in a direction of its own,
+    until the border or another piece throws it back. -> image [n, F, 35, 35, 3] uint8, label [n, F, 35, 35] uint8,
+    0 = background."""
+    scenes = make_tetrominoes(count, seed)
+    piece = scenes["shape"][:, 1:].astype(int) - 1
+    extent = 5 * (TETROMINO_CELLS.max(axis=1) + 1)[piece]                          # [n, 3, 2]
+    corner = np.stack([scenes["y"], scenes["x"]], axis=-1)[:, 1:] - (extent - 1) / 2
+    angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, (count, 3))
+    step = speed * np.stack([np.sin(angle), np.cos(angle)], axis=-1)               # [n, 3, 2]
+    image, label = np.empty((count, frames, 35, 35, 3), np.uint8), np.empty((count, frames, 35, 35), np.uint8)
+    for t in range(frames):
+        image[:, t], mask = draw_tetrominoes(piece, corner.round().astype(int), scenes["color"][:, 1:])
+        label[:, t] = mask.argmax(axis=1)
+        for p in range(3):  # one after the other: a move that would leave the frame or meet a piece is a turn instead
+            moved = corner.copy()
+            moved[:, p] += step[:, p]
+            outside = (moved < 0) | (moved > 35 - extent)
+            moved[outside] = corner[outside]
+            hit = tetrominoes_overlap(piece, moved.round())
+            moved[hit] = corner[hit]
+            step[outside] *= -1
+            step[hit, p] *= -1
+            corner = moved
+    return {"image": image, "label": label}
+
+
+def tetrominoes_overlap(piece, corner):
+    """piece [n, 3], corner [n, 3, 2], as for draw_tetrominoes -> [n] bool."""
+    cells = corner[:, :, None] + 5 * TETROMINO_CELLS[piece]                        # [n, 3, 4, 2], each cell's top left
+    gaps = np.abs(cells[:, [0, 0, 1], :, None] - cells[:, [1, 2, 2], None, :])     # [n, 3 pairs, 4, 4, 2]
+    return (gaps < 5).all(axis=-1).any(axis=(1, 2, 3))
 
 
 def draw_tetrominoes(piece, corner, color):

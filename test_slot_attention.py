@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import slot_attention as sa
@@ -909,3 +910,116 @@ def refused_last(capsys, flags):
         train.main(flags)
     assert stop.value.code == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_following_one_image_is_iterating():
+    torch.manual_seed(0)
+    model, image, noise = sa.SlotAttentionAutoEncoder(16, 3), torch.randn(2, 3, 16, 16), torch.randn(2, 3, 64)
+    outputs = visualize.follow(model, 3 * [image], noise, num_iterations=1)
+    whole = model(image, slots=model.slot_attention.init_slots(noise), num_iterations=3)
+    torch.testing.assert_close(outputs[-1].masks, whole.masks)
+    torch.testing.assert_close(torch.cat([output.attn for output in outputs], 1), whole.attn)
+
+
+def test_moving_tetrominoes_follow_the_law():
+    clips = data.make_moving_tetrominoes(20, 12, 0)
+    image, label = clips["image"], clips["label"]
+    assert image.shape == (20, 12, 35, 35, 3) and label.shape == (20, 12, 35, 35)
+    assert all(((label == e).sum((2, 3)) == 100).all() for e in (1, 2, 3))  # whole, inside, and none over another
+    assert (image[label == 0] == 0).all() and (image[label > 0].max(1) > 0).all()
+    rows, cols = np.arange(35)[:, None], np.arange(35)
+    for e in (1, 2, 3):
+        centre = np.stack([((label == e) * along).sum((2, 3)) / 100 for along in (rows, cols)], -1)
+        step = np.abs(np.diff(centre, axis=1))
+        assert step.max() <= 3.01 and step.sum(1).max(1).min() > 0  # two pixels, rounded; and each one moves
+    np.testing.assert_array_equal(data.make_moving_tetrominoes(20, 12, 0)["image"], image)
+
+
+def share_kept(count, length, seed=0):
+    """Of `count` clips of moving Tetrominoes, by the demo's weights: the share of objects whose slot (the one with most
+    of it in its mask) is that of the frame before, and mean FG-ARI; {slots carried, new noise in each frame}.
+    The README's figures are of share_kept(64, 12): python -c "import test_slot_attention as t; print(t.share_kept(64, 12))" """
+    checkpoint = train.load_checkpoint(visualize.DEMO)
+    model = train.load_model(checkpoint, visualize.DEMO)
+    model.slot_attention.implicit = False
+    clips = data.make_moving_tetrominoes(count, length, seed)
+    frames = [data.Scenes(image).batch(torch.arange(count))["image"] for image in clips["image"].swapaxes(0, 1)]
+    noise = torch.randn(length, count, 4, 64, generator=torch.Generator().manual_seed(seed))
+    fresh = [visualize.follow(model, [frame], x, 4)[0] for frame, x in zip(frames, noise)]
+    result = {}
+    for name, outputs in ("carried", visualize.follow(model, frames, noise[0], 4)), ("fresh", fresh):
+        objects = F.one_hot(torch.from_numpy(clips["label"]).long().flatten(2))[..., 1:]         # [B, F, P, 3]
+        masks = torch.stack([output.masks for output in outputs], 1).flatten(3)                  # [B, F, K, P]
+        owner = (masks @ objects.float()).argmax(2)                                              # [B, F, 3]
+        ari = sa.adjusted_rand_index(objects.flatten(0, 1), masks.flatten(0, 1).transpose(1, 2)).mean().item()
+        result[name] = (owner[:, 1:] == owner[:, :-1]).float().mean().item(), ari
+    return result
+
+
+def test_carried_slots_keep_their_objects():
+    result = share_kept(16, 6)
+    assert result["carried"][0] > 0.97 and result["carried"][1] > 0.93 and result["fresh"][0] < 0.4, result
+
+
+def test_pictures_of_any_mode_and_size(tmp_path, capsys):
+    config = {"data": "tetrominoes", "resolution": 8, "crop": "paper"}
+    grey = Image.new("L", (30, 20), 100)
+    clear = Image.new("RGBA", (20, 30), (255, 0, 0, 0))  # all transparent
+    sixteen = Image.fromarray(np.full((20, 30), 100 * 257, np.uint16))
+    pictures = {"grey.png": grey, "rgb.jpg": grey.convert("RGB"), "rgba.png": grey.convert("RGBA"), "palette.gif": grey.convert("P"),
+                "cmyk.jpg": grey.convert("CMYK"), "la.png": grey.convert("LA"), "sixteen.png": sixteen, "tiny.png": grey.resize((1, 1)),
+                "clear.png": clear, "bits.png": Image.new("1", (9, 9), 1)}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / name)
+    images = visualize.load_pictures([tmp_path / name for name in pictures], config)
+    assert images.shape == (10, 3, 8, 8)
+    torch.testing.assert_close(images[:8], torch.full((8, 3, 8, 8), 100 * 2 / 255 - 1), rtol=0, atol=0.02)
+    assert (images[8:] == 1).all()
+    framed = Image.new("RGB", (40, 20), "red")
+    framed.paste("blue", (10, 0, 30, 20))
+    framed.save(tmp_path / "framed.png")
+    blue = visualize.load_pictures([tmp_path / "framed.png"], config)
+    assert (blue[:, 2] == 1).all() and (blue[:, 0] == -1).all()  # the central square, and nothing beside it
+    clevr = visualize.load_pictures([tmp_path / "framed.png"], {**config, "data": "clevr", "crop": "none"})
+    assert clevr.shape == (1, 3, 8, 8)
+
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "rgb.jpg").read_bytes()[:300])
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "floats.tiff")
+    for name in ("text.png", "cut.png", "floats.tiff", "missing.png", "."):
+        path = str(tmp_path / name)
+        assert path in refused(capsys, visualize.main, [str(visualize.DEMO), "--images", path])
+
+
+def test_figures_of_all_kinds(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo, run = str(visualize.DEMO), tmp_path / "run"
+    train.main([*TINY, "--steps", "3", "--num-slots", "5", "--out", str(run)])
+    visualize.main([str(run), "--figure", "curve"])
+    assert (run / "curve.png").stat().st_size > 10_000
+    visualize.main([str(run), demo, "--count", "2"])  # one sheet for several runs, here
+    wide, high = Image.open("figure.png").size
+    assert wide > 800 and 0.4 < high / wide < 0.7  # four rows of eight
+    visualize.main([demo, "--count", "1", "--num-iterations", "3", "--out", "a.gif"])
+    assert Image.open("a.gif").n_frames == 3
+    visualize.main([demo, "--figure", "clip", "--count", "3", "--out", "clip.png"])
+    Image.new("RGB", (50, 40), "blue").save("own.png")
+    case, weights, *_ = official_case("discovery", 7)
+    np.savez("official.npz", **{f"network/layer_with_weights-0/{name}/.ATTRIBUTES/VARIABLE_VALUE": value for name, value in weights.items()})
+    visualize.main("--official official.npz --images own.png --num-slots 2 --num-iterations 1 --figure a --out official.png".split())
+    config, model = visualize.load(None, "official.npz")
+    assert model.slot_attention.num_slots == 7 and config["crop"] == "official"
+    np.testing.assert_array_equal(model.slot_attention.slots_mu.detach(), weights["slot_attention/slots_mu"])
+    assert all(Path(name).stat().st_size > 5_000 for name in ("clip.png", "official.png"))
+
+    for flags, message in [(f"{demo} --figure curve", "log.jsonl"), ("--official official.npz", "--images"), ("--official x --images own.png", "x"),
+                           (f"{demo} --official official.npz --images own.png", "takes no run"), (f"{demo} --figure clip --images own.png", "--images"),
+                           (f"{demo} --out nowhere/a.png", "nowhere"), (f"{demo} --out nowhere/a.gif", "nowhere"), (f"{demo} --out a.xyz", "xyz")]:
+        with pytest.raises(SystemExit) as stop:
+            visualize.main(flags.split())
+        assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1], flags
