@@ -103,6 +103,9 @@ def keras_init(module):
         limit = math.sqrt(6 / (1 + module.dim))  # Glorot of a [1, 1, D] variable, with Keras' fans 1 and D
         nn.init.uniform_(module.slots_mu, -limit, limit)
         nn.init.uniform_(module.slots_log_sigma, -limit, limit)
+        if module.slots_mu.shape[1] > 1:  # learned queries differ by more than the noise, or they never part
+            nn.init.normal_(module.slots_mu)
+            nn.init.constant_(module.slots_log_sigma, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
