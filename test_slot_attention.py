@@ -7,6 +7,7 @@ inputs come from a recipe (`official_case`), metrics, single layers and learning
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1023,3 +1024,36 @@ def test_figures_of_all_kinds(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             visualize.main(flags.split())
         assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1], flags
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README
+# ---------------------------------------------------------------------------------------------------------------------
+
+README = HERE / "README.md"
+
+
+def right_lines(text):
+    """A text with each link like [`SlotAttention.iterate`](slot_attention.py#L1) set to the line that it names: where
+    the last name is defined (after the class before it), or else the nearest line that begins with these words."""
+    def link(match):
+        name, file, old = match[1], match[2], int(match[3])
+        lines, owner = (HERE / file).read_text().splitlines(), 0
+        *classes, last = name.split(".") if re.fullmatch(r"[A-Z]\w*\.\w+", name) else [name]
+        pattern = rf"\s*(def|class) {last}\b|{last} = " if re.fullmatch(r"\w+", last) else r"\s*" + re.escape(last)
+        for part in classes:
+            owner = next((i for i, line in enumerate(lines) if re.match(rf"class {part}\b", line)), len(lines))
+        found = [i for i, line in enumerate(lines, 1) if i > owner and re.match(pattern, line)]
+        assert found, f"README.md: {file} has no `{name}`"
+        return f"[`{name}`]({file}#L{found[0] if classes else min(found, key=lambda i: abs(i - old))})"
+    return re.sub(r"\[`([^`]+)`\]\(([\w.]+\.py)#L(\d+)\)", link, text)
+
+
+def test_the_readme_points_to_the_right_lines():
+    old, new = README.read_text().splitlines(), right_lines(README.read_text()).splitlines()
+    assert sum("#L" in line for line in old) > 20
+    stale = [f"{a}\n-> {b}" for a, b in zip(old, new) if a != b]
+    assert not stale, ("README.md: lines have moved. To set all: python -c 'import test_slot_attention as t; "
+                       "t.README.write_text(t.right_lines(t.README.read_text()))'\n" + "\n".join(stale))
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text()):
+        assert (HERE / target).exists(), f"README.md links to {target}, which is not there"
