@@ -4,6 +4,7 @@ Real: DeepMind's multi_object_datasets (TFRecord files, read without TensorFlow)
 Generated: look-alikes of each, made in seconds and in need of no download, with masks and factors.
 """
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -22,6 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+
+try:
+    import fcntl
+except ImportError:  # Windows: there processes cannot see each other's caches and runs in the making
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scenes: what every dataset becomes, and the one way to a batch
@@ -87,16 +93,20 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if file is None or not file.exists():
         return generate(name, split, root, count or train_count, resolution, crop, min_objects, max_objects)
 
-    def prepare(scene):
+    def prepare(numbered):
+        number, scene = numbered
         window = crop if name == "clevr" else "none"
-        return {"image": resize(scene["image"], resolution, window)[None],
-                "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window)[None],
-                "objects": np.uint8([round(scene["visibility"].sum()) - 1]),  # visibility counts the background
-                **({"target": clevr_target(scene)[None]} if name == "clevr" else {})}
+        try:
+            return {"image": resize(scene["image"], resolution, window)[None],
+                    "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window)[None],
+                    "objects": np.uint8([round(float(scene["visibility"].sum())) - 1]),  # it counts the background
+                    **({"target": clevr_target(scene)[None]} if name == "clevr" else {})}
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            raise ValueError(f"{file}, record {number}: damaged or not {stem} ({error!r}); get the file again") from None
 
-    limit = 100_000 if name == "clevr" else train_count + 5_000  # the two others have a million
+    limit = None if name == "clevr" else train_count + 5_000  # the two others have a million
     arrays = cached(root / "cache" / f"{name}-{resolution}", [str(file), stamp(file), resolution, crop],
-                    islice(read_tfrecords(file, stem), limit), prepare)
+                    enumerate(read_tfrecords(file, stem, limit)), prepare)
     objects = arrays.pop("objects")
     return Scenes(**arrays, index=choose(objects, split, train_count, count, min_objects, max_objects))
 
@@ -125,19 +135,19 @@ TFRECORDS = {  # name -> image [H, W, 3]; mask as stored; whether the entities c
 }
 
 
-def read_tfrecords(path, name):
+def read_tfrecords(path, name, limit=None):
     """The scenes of one of DeepMind's GZIP TFRecord files, one dict of arrays each, in the file's order.
 
-    name: a key of TFRECORDS; "_train" after it is ignored. -> image [H, W, 3] uint8; mask [E, H, W] uint8 0/1,
-    background first; the factors as stored, [E] or [E, 3], float32 or uint8. One record is in memory at a time.
-    A length's checksum is checked; of the content GZIP's own is (a record's second checksum is not: in Python it would
-    cost more than all the rest). Raises ValueError naming file and record where the file is truncated, damaged or
-    another."""
+    name: a key of TFRECORDS; "_train" after it is ignored. limit: the first so many. -> image [H, W, 3] uint8; mask
+    [E, H, W] uint8 0/1, background first; the factors as stored, [E] or [E, 3], float32 or uint8. One record is in
+    memory at a time. A whole file's content is checked by GZIP's own checksum, at its end; of a part, which does not
+    get there, by each record's (slow in Python: it doubles the time). Raises ValueError naming file and record where
+    the file is truncated, damaged or another."""
     image_shape, mask_shape, entities_third = TFRECORDS[name.removesuffix("_train")]
     number = 0
     try:
         with gzip.open(path) as file:
-            while header := file.read(12):
+            while number != limit and (header := file.read(12)):
                 if len(header) < 12 or masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
                     raise ValueError("its length is damaged")
                 length = int.from_bytes(header[:8], "little")
@@ -146,6 +156,8 @@ def read_tfrecords(path, name):
                 record = file.read(length + 4)
                 if len(record) < length + 4:
                     raise EOFError("the file ends within it")
+                if limit and masked_crc32c(record[:-4]) != int.from_bytes(record[-4:], "little"):
+                    raise ValueError("its checksum is wrong")
                 scene = parse_example(memoryview(record)[:-4])
                 mask = scene["mask"].reshape(mask_shape) != 0
                 scene["mask"] = (mask.transpose(2, 0, 1) if entities_third else mask).astype(np.uint8)
@@ -191,7 +203,7 @@ def messages(buffer):
             byte, pos = buffer[pos], pos + 1
             size |= (byte & 127) << shift
             shift += 7
-            if byte < 128:
+            if byte < 128 or shift > 63:
                 break
         if tag & 7 != 2 or pos + size > len(buffer):
             raise ValueError("it is no tf.train.Example")
@@ -200,15 +212,47 @@ def messages(buffer):
     return fields
 
 
-def masked_crc32c(buffer):
-    """TFRecord's checksum: CRC-32C, rotated and shifted."""
+def masked_crc32c(buffer, width=1024):
+    """TFRecord's checksum: CRC-32C, rotated and shifted. It is linear over the bits: of a long buffer in rows of
+    `width` words each column gets its own, all in step, and then halves of the row are joined until one is left."""
     crc = 0xFFFFFFFF
-    for byte in buffer:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    if len(buffer) < 4 * width:
+        for byte in buffer:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    else:
+        powers, low, high = crc32c_operators(width)
+        rows = np.zeros(-(-len(buffer) // (4 * width)) * 4 * width, np.uint8)  # zeros before the content change nothing
+        rows[-len(buffer):] = np.frombuffer(buffer, np.uint8)
+        rows[-len(buffer):][:4] ^= 255                                         # as the initial value does
+        crc = np.zeros(width, np.uint32)
+        for row in rows.view("<u4").reshape(-1, width):
+            crc = low[crc & 65535] ^ high[crc >> 16] ^ row
+        for power in powers[-2:1:-1]:
+            before, after = crc.reshape(2, -1)
+            crc = zeros_appended(power, before) ^ after
+        crc = int(zeros_appended(powers[2], crc)[0])
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def zeros_appended(operator, crc):
+    """Checksums [n] after bytes of zeros, from an operator [32]: what becomes of each bit."""
+    return np.bitwise_xor.reduce(np.where(crc[:, None] >> np.arange(32, dtype=np.uint32) & 1, operator, np.uint32(0)), axis=1)
+
+
+@functools.cache
+def crc32c_operators(width):
+    """The operators of 1, 2, 4 ... 4 * width bytes, and of the last tables for a word's low and high half."""
+    bits = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    for _ in range(8):
+        bits = bits >> 1 ^ np.uint32(0x82F63B78) * (bits & 1)
+    powers = [bits]
+    while 2 ** len(powers) <= 4 * width:
+        powers.append(zeros_appended(powers[-1], powers[-1]))
+    halves = np.arange(65536, dtype=np.uint32)
+    return powers, zeros_appended(powers[-1], halves), zeros_appended(powers[-1], halves << 16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,6 +274,8 @@ def clevr_target(scene):
     (3d_coords + 3) / 6, one-hot size, material, shape and colour, 1 for a real object; rows of zeros after them."""
     target = np.zeros((10, 19), np.float32)
     objects = np.flatnonzero(scene["size"])  # neither background nor padding
+    if len(objects) > 10:
+        raise ValueError(f"{len(objects)} objects, where CLEVR has 10 at most")
     for row, e in enumerate(objects):
         target[row, :3] = (np.array([scene["x"][e], scene["y"][e], scene["z"][e]]) + 3) / 6
         start = 3
@@ -237,6 +283,8 @@ def clevr_target(scene):
             target[row, start + names.index(CLEVR_CODES[key][int(scene[key][e]) - 1])] = 1
             start += len(names)
         target[row, 18] = 1
+    if not (np.abs(target[:, :3]) < 10).all():  # not a number, either
+        raise ValueError("its coordinates are not CLEVR's")
     return target
 
 
@@ -253,32 +301,50 @@ def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects
             f"no CLEVR in {root}/: put clevr_with_masks_train.tfrecords there (10.5 GB, with masks; from {BUCKET}/"
             "clevr_with_masks/), or add --download to fetch CLEVR_v1.0 (18 GB, no masks); --data clevr_like needs no files")
 
-    scenes, stamps = [], []
-    for part in ("train", "val"):
-        file = folder / "scenes" / f"CLEVR_{part}_scenes.json"
-        if part == "train" or file.exists():
+    files = [folder / "scenes" / f"CLEVR_{part}_scenes.json" for part in ("train", "val")]
+    files = [file for i, file in enumerate(files) if i == 0 or file.exists()]
+
+    def read_scenes():
+        for file in files:
             try:
-                scenes += [(folder / "images" / part / scene["image_filename"], scene["objects"])
-                           for scene in json.loads(file.read_text())["scenes"]]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}: damaged or not a CLEVR scenes file ({error})") from None
-            stamps.append(stamp(file))
+                number = -1
+                for number, scene in enumerate(json.loads(file.read_bytes())["scenes"]):
+                    objects = scene["objects"]
+                    factors = {key: [0] + [names.index(o[key]) + 1 for o in objects] for key, names in CLEVR_CODES.items()}
+                    factors.update({axis: [0] + [0.0 + o["3d_coords"][i] for o in objects] for i, axis in enumerate("xyz")})
+                    path = folder / "images" / file.name.split("_")[1] / Path(scene["image_filename"]).name
+                    yield path, clevr_target({key: np.array(values) for key, values in factors.items()})
+                if number < 0:
+                    raise ValueError("it has no scenes")
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+                raise ValueError(f"{file}, scene {max(number, 0)}: damaged or not a CLEVR scenes file "
+                                 f"({type(error).__name__}: {error})") from None
 
     def prepare(scene):
-        path, objects = scene
-        try:
-            image = np.array(torchvision.datasets.folder.default_loader(path))  # [320, 480, 3], without the alpha channel
-        except (OSError, SyntaxError) as error:  # PIL reports some damage as a SyntaxError
-            raise ValueError(f"{path}: missing or damaged ({error})") from None
-        factors = {key: [0] + [names.index(o[key]) + 1 for o in objects] for key, names in CLEVR_CODES.items()}
-        factors.update({axis: [0] + [o["3d_coords"][i] for o in objects] for i, axis in enumerate("xyz")})
-        target = clevr_target({key: np.array(values) for key, values in factors.items()})
-        return {"image": resize(image, resolution, crop)[None],
-                "objects": np.uint8([len(objects)]), "target": target[None]}
+        path, target = scene
+        return {"image": resize(read_png(path), resolution, crop)[None],
+                "objects": target[:, 18].sum(keepdims=True).astype(np.uint8), "target": target[None]}
 
-    arrays = cached(root / "cache" / f"clevr_v1-{resolution}", [str(folder), *stamps, resolution, crop], scenes, prepare)
+    stamps = [stamp(file) for file in files]
+    arrays = cached(root / "cache" / f"clevr_v1-{resolution}", [str(folder), *stamps, resolution, crop], read_scenes(), prepare)
     objects = arrays.pop("objects")
     return Scenes(**arrays, index=choose(objects, split, DATA["clevr"][1], count, min_objects, max_objects))
+
+
+def read_png(path):
+    """One of CLEVR_v1.0's pictures -> [320, 480, 3] uint8, without the alpha channel."""
+    try:
+        content, pos = path.read_bytes(), 8
+        if tuple(int.from_bytes(content[i:i + 4], "big") for i in (20, 16)) not in CLEVR_CROP:  # before memory is taken for it
+            raise ValueError("it is no PNG of 480 x 320 pixels")
+        while pos < len(content):  # PIL leaves out the checksums of the pixels
+            end = pos + 12 + int.from_bytes(content[pos:pos + 4], "big")
+            if zlib.crc32(content[pos + 4:end - 4]) != int.from_bytes(content[end - 4:end], "big"):
+                raise ValueError("a checksum is wrong")
+            pos = end
+        return np.array(torchvision.datasets.folder.default_loader(path))
+    except Exception as error:  # PIL has many ways to say it
+        raise ValueError(f"{path}: missing or damaged ({str(error).splitlines()[0]})") from None
 
 
 def resize(picture, resolution, crop="none"):
@@ -315,36 +381,77 @@ def stamp(file):
     return [stat.st_size, stat.st_mtime_ns]
 
 
+def try_lock(file, wait=False):
+    """Locks an open file. -> True: done, until it is closed or the process ends, however it ends; False: another
+    process has it; None: this system has no such locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):
+        return None
+
+
 def cached(folder, settings, jobs, prepare):
     """Maps {key: [n, ...]} from FOLDER-HASH, which is made first if need be from prepare(job) -> {key: array [m, ...]}
     of every job, on all cores. The hash is of the settings: another source or setting is another folder.
-    A folder is complete or does not exist: it is written under another name, and renamed at the end."""
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    A folder is complete or does not exist: it is written under another name, and renamed at the end. Of several
+    processes that need it one builds, the others wait. At each use its checksums are checked."""
+    digest = hashlib.sha256(json.dumps(["crc32", *settings]).encode()).hexdigest()[:8]
     folder = folder.with_name(f"{folder.name}-{digest}")
+    lock = f"{folder}.lock"
     if not folder.exists():
-        say(f"building the cache {folder} (once)")
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        try:
-            write_cache(part, jobs, prepare)
-            part.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same result
-                raise
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for stale in folder.parent.glob("*.part"):  # NAME.PID.part of a killed build; a living one has NAME.lock
+            with open(f"{str(stale).rsplit('.', 2)[0]}.lock", "w") as other:
+                if try_lock(other):
+                    shutil.rmtree(stale, ignore_errors=True)
+        with open(lock, "w") as file:
+            if try_lock(file) is False:
+                say(f"another process is building the cache {folder}: waiting for it")
+                try_lock(file, wait=True)
+            if not folder.exists():
+                build_cache(folder, jobs, prepare)
+        with contextlib.suppress(OSError):
+            os.unlink(lock)  # who still waits for it finds the folder
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        content, check = (folder / "meta.json").read_bytes().splitlines()
+        if zlib.crc32(content) != int(check):
+            raise ValueError("the checksum of meta.json is wrong")
         arrays = {}
-        for key, (dtype, shape) in meta.items():
+        for key, (dtype, shape, sums) in json.loads(content).items():
             file = folder / f"{key}.bin"
             if file.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
                 raise ValueError(f"{file.name} has the wrong size")
+            if checksums(file) != sums:
+                raise ValueError(f"the checksum of {file.name} is wrong")
             arrays[key] = np.memmap(file, dtype, "c", shape=tuple(shape))
         return arrays
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the cache {folder} is damaged ({error}): delete it, and it will be built again") from None
+
+
+def checksums(file, block=2 ** 26):
+    """CRC-32 of each block of a file, on all cores: a few seconds for the largest cache, and it warms the disk's."""
+    content = np.memmap(file, np.uint8, "r")
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(zlib.crc32, (content[i:i + block] for i in range(0, len(content), block))))
+
+
+def build_cache(folder, jobs, prepare):
+    say(f"building the cache {folder} (once)")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        write_cache(part, jobs, prepare)
+        part.rename(folder)
+    except OSError as error:
+        if not folder.exists():  # else, where there are no locks, another process was faster, with the same result
+            raise OSError(f"cannot build the cache {folder} ({error})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_cache(folder, jobs, prepare):
@@ -368,8 +475,10 @@ def write_cache(folder, jobs, prepare):
         torch.set_num_threads(threads)
         for file in files.values():
             file.close()
-    meta = {key: [dtype, [count, *shape]] for key, (dtype, shape) in meta.items()}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    if count == 0:
+        raise ValueError("no scene has so many objects (--min-objects, --max-objects)")
+    meta = json.dumps({key: [dtype, [count, *shape], checksums(folder / f"{key}.bin")] for key, (dtype, shape) in meta.items()})
+    (folder / "meta.json").write_text(f"{meta}\n{zlib.crc32(meta.encode())}\n")
     say(f"\r{count:,} scenes in {time.time() - start:.0f} s")
 
 
@@ -384,12 +493,17 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
     """Scenes by the law of a dataset: Tetrominoes anew each time (seconds), the others by way of the cache."""
     seed, size = SPLIT_SEEDS[split], 32
     if name == "tetrominoes":
+        if resolution != 35 or not min_objects <= 3 <= max_objects:
+            raise ValueError("generated Tetrominoes are of 35 x 35 pixels with 3 objects: leave --resolution, --min-objects and "
+                             "--max-objects out")
         say(f"tetrominoes: no file in {root}/, so {count:,} {split} scenes are generated by the same law")
         scenes = make_tetrominoes(count, seed)
         return Scenes(scenes["image"], scenes["mask"].argmax(1).astype(np.uint8))
     if name == "multi_dsprites_on_colored":
         raise FileNotFoundError(f"no {DATA[name][0]}.tfrecords in {root}/ (from {BUCKET}/multi_dsprites/); "
                                 "--data multi_dsprites needs no files")
+    if name == "multi_dsprites" and resolution != 64:
+        raise ValueError(f"generated Multi-dSprites are of 64 x 64 pixels, not {resolution}: leave --resolution out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def prepare(start):
@@ -399,6 +513,9 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
             target = {"target": np.stack([clevr_target({k: v[i] for k, v in scenes.items()}) for i in range(number)])}
         else:
             scenes, target = make_multi_dsprites(number, (seed, start)), {}
+            objects = scenes["visibility"].sum(1) - 1
+            keep = (objects >= min_objects) & (objects <= max_objects)
+            scenes = {key: scenes[key][keep] for key in ("image", "mask")}
         return {"image": scenes["image"], "label": scenes["mask"].argmax(1).astype(np.uint8), **target}
 
     if name == "multi_dsprites":

@@ -7,11 +7,17 @@ inputs come from a recipe (`official_case`), metrics, single layers and learning
 import gzip
 import json
 import os
+import pickle
+import random
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
 
@@ -451,6 +457,13 @@ def test_damaged_tfrecords_are_refused(tmp_path, name):
         flipped = bytearray(raw)
         flipped[rng.integers(12)] ^= 1 << rng.integers(8)  # a length, or its checksum
         refused(gzip.compress(bytes(flipped), 1), record=0)
+        flipped = bytearray(raw)
+        flipped[rng.integers(12, 20_000)] ^= 1 << rng.integers(8)  # the content: a whole file's checksum is GZIP's
+        path.write_bytes(gzip.compress(bytes(flipped), 1))
+        with pytest.raises(ValueError, match="record 0: .*checksum"):
+            list(data.read_tfrecords(path, name, limit=2))
+    path.write_bytes(whole)
+    assert len(list(data.read_tfrecords(path, name, limit=2))) == 2
     other = "tetrominoes" if name != "tetrominoes" else "multi_dsprites_colored_on_colored"
     with pytest.raises(ValueError, match="not " + other):
         path.write_bytes(whole)
@@ -642,15 +655,53 @@ def test_cache_is_whole_or_not_there(tmp_path):
     (root / "CLEVR_v1.0/images/train/CLEVR_train_000007.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="CLEVR_train_000007.png"):
         data.load("clevr", "train", root, resolution=32)
-    assert not list((root / "cache").iterdir())
+    assert not [file for file in (root / "cache").iterdir() if file.is_dir()]
     (root / "CLEVR_v1.0/images/train/CLEVR_train_000007.png").unlink()
     with pytest.raises(ValueError, match="CLEVR_train_000007.png: missing"):
         data.load("clevr", "train", root, resolution=32)
     data.load("multi_dsprites", "eval", root, count=3)
     file, = (root / "cache").glob("*/label.bin")
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="delete it"):
+    good = file.read_bytes()
+    for bad, message in ((good[:-1], "wrong size"), (good[:5000] + bytes([good[5000] ^ 1]) + good[5001:], "checksum of label.bin")):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match=message + ".*delete it"):
+            data.load("multi_dsprites", "eval", root, count=3)
+    file.write_bytes(good)
+    meta = file.with_name("meta.json")
+    meta.write_text(meta.read_text().replace("[3, 64", "[2, 64"))
+    with pytest.raises(ValueError, match="checksum of meta.json"):
         data.load("multi_dsprites", "eval", root, count=3)
+
+
+def test_two_builds_of_one_cache(tmp_path):
+    """The second waits for the first; what a killed build left is removed, what a living one writes is not."""
+    def load():
+        return data.load("multi_dsprites", "eval", tmp_path, count=3).arrays["image"].numpy().copy()
+
+    expected, (folder,) = load(), (tmp_path / "cache").iterdir()
+    folder.rename(tmp_path / "good")
+    living, dead = (folder.with_name(name) for name in (f"{folder.name}.1.part", "other-0000.1.part"))
+    living.mkdir()
+    dead.mkdir()
+    with open(f"{folder}.lock", "w") as lock, ThreadPoolExecutor(1) as pool:
+        assert data.try_lock(lock)
+        second = pool.submit(load)
+        time.sleep(0.5)
+        assert not second.done() and living.exists() and not dead.exists()
+        (tmp_path / "good").rename(folder)  # the first has built it
+        lock.close()
+        np.testing.assert_array_equal(second.result(60), expected)
+    (tmp_path / "cache" / "another-0000.1.part").mkdir()
+    data.load("multi_dsprites", "eval", tmp_path, count=2)
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_vectorised_checksum():
+    rng = np.random.default_rng(0)
+    for size in (4, 5, 255, 256, 257, 515, 5000):
+        content = rng.bytes(size)
+        crc = sa.crc32c(content)
+        assert data.masked_crc32c(content, width=64) == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -848,7 +899,14 @@ def test_every_experiment_has_a_small_recipe():
     ("--data clevr --data-root /nowhere", "--download"), ("--data tetrominoes --task set_prediction", "clevr_like"),
     ("--task set_prediction --data tetrominoes", "--task"), ("--resume /nowhere", "no checkpoint"),
     ("--eval /nowhere", "no checkpoint"), ("--data multi_dsprites_on_colored --data-root /nowhere", "no multi_dsprites"),
-    ("--train-count 8 --batch-size 64 --eval-count 8", "--batch-size"), ("--device nowhere", "--device")])
+    ("--train-count 8 --batch-size 64 --eval-count 8", "--batch-size"), ("--device nowhere", "--device"), ("--device meta", "--device"),
+    ("--min-objects 5 --max-objects 4", "--min-objects"), ("--data clevr_like --max-objects 2", "3 or more"),
+    ("--task set_prediction --data clevr_like --num-slots 17", "16"), ("--resume x --eval y", "--eval"), ("--resume x --out y", "--out"),
+    ("--resume x --small", "--small"), ("--resume x --seed 1", "--seed"), ("--resume x --task set_prediction", "--task"),
+    ("--eval x --lr 1", "--lr"), ("--eval x --out y", "--out"), ("--eval x --steps 3", "--steps"), ("--seeds 0 0", "different"),
+    ("--seeds 0 --seed 1", "--seed"), ("--seeds 0 --resume x", "--seeds"), ("--seeds x", "--seeds"), ("--resolution 64", "--resolution"),
+    ("--min-objects 4 --max-objects 6", "--max-objects"), ("--decoder-kernel 4", "decoder_kernel"), ("--decoder-strides 7", "strides"),
+    ("--data multi_dsprites --resolution 32", "--resolution"), ("--batch-size 10 --accumulate 4", "--accumulate")])
 def test_bad_flags(capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     flags = flags.split()
@@ -856,7 +914,24 @@ def test_bad_flags(capsys, tmp_path, monkeypatch, flags, message):
         train.main(flags)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message in error and "Traceback" not in error
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_bad_numbers_for_every_flag(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key, (value, _) in {**train.RECIPE, **train.RUNTIME, "seed": (0, ""), "seeds": (0, "")}.items():
+        if isinstance(value, (bool, str)):
+            continue
+        bad = ["-1", "nan", "inf", "x", "", "1e400", "0x"] + ["0"] * (value not in (0, train.RECIPE["warmup"][0]))
+        bad += ["1.5", "99999999999"] * isinstance(value, int) + ["1,,1", "99", "1," * 20 + "1"] * isinstance(value, tuple)
+        bad += ["1.1"] * (key in ("beta2", "decay_rate", "slot_loss"))
+        for text in bad:
+            flag = "--" + key.replace("_", "-")
+            assert f"argument {flag}: " in refused(capsys, train.main, [f"{flag}={text}"])
+    for flags in (["--count", "0"], ["--count", "1000000"], ["--num-slots", "-1"], ["--num-iterations", "0"], ["--seed", "x"],
+                  ["--num-slots", "1000000000"], ["--figure", "z"], ["/nowhere"]):
+        assert flags[0] in refused(capsys, visualize.main, flags)
+    assert not list(tmp_path.iterdir())
 
 
 class Evil:
@@ -871,7 +946,7 @@ def test_bad_checkpoints(tmp_path, capsys, monkeypatch):
     good = torch.load(run / "checkpoint.pt", weights_only=True)
     path = tmp_path / "bad.pt"
     content = (run / "checkpoint.pt").read_bytes()
-    for bad in (b"", b"text", content[:1000], content[:-1000]):
+    for bad in (b"", b"text", content[:1000], content[:-1000], pickle.dumps(Evil()), pickle.dumps({**good, "config": Evil()})):
         path.write_bytes(bad)
         assert str(path) in refused(capsys, visualize.main, [str(path)])
         assert str(path) in refused(capsys, train.main, ["--eval", str(path)])
@@ -879,9 +954,50 @@ def test_bad_checkpoints(tmp_path, capsys, monkeypatch):
                 {**good, "config": {**good["config"], "slot_dim": 16}}):
         torch.save(bad, path)
         assert str(path) in refused(capsys, visualize.main, [str(path)])
+    for old in (True, False):  # PyTorch's two formats
+        torch.save({**good, "step": Evil()}, path, _use_new_zipfile_serialization=not old)
+        assert str(path) in refused(capsys, train.main, ["--eval", str(path)])
     assert not (tmp_path / "evil").exists()
+    torch.load(path, weights_only=False)  # the code is real
+    assert (tmp_path / "evil").exists()
+
+    def changed(content, keys, value):
+        content = dict(content)
+        content[keys[0]] = changed(content[keys[0]], keys[1:], value) if keys[1:] else value
+        return content
+
+    odd = [None, "x", -1, 1.5, float("nan"), 10 ** 9 + 1, [1], (), (0,), {}, b"x"]
+    for key, was in good["config"].items():
+        for value in odd:
+            if not (isinstance(value, str) and isinstance(was, str) or isinstance(was, float) and value == 1.5):
+                with pytest.raises((ValueError, TypeError)):
+                    train.check_config({**good["config"], key: value})
+    cases = [(["config", "num_slots"], 10 ** 9), (["config", "task"], "x"), (["config", "dtype"], "load"), (["config", "data"], None),
+             (["config"], None), (["model"], {}), (["optimizer"], {}), (["optimizer"], [1])]
+    cases += [([key], value) for key in ("step", "seconds") for value in odd if key == "step" or not isinstance(value, float)]
+    name = "slot_attention.slots_mu"
+    weight = good["model"][name]
+    cases += [(["model", name], value) for value in (None, 1.0, "x", weight[0, 0, :3], weight * float("nan"), weight / 0, [weight],
+                                                     weight.expand(10 ** 6, 10 ** 6, 8), (weight,))]
+    cases += [(["optimizer", "state"], value) for value in ({}, None, [1], {0: {}}, {i: None for i in range(99)})]
+    for key, values in good["optimizer"]["state"][0].items():
+        cases += [(["optimizer", "state", 0, key], value) for value in (None, "x", values[None, None, None], -1 - values.abs(),
+                                                                        values * float("nan"), {}, torch.ones(3))
+                  if key != "exp_avg" or value is None or isinstance(value, (str, dict)) or value.shape != values.shape]
+    for keys, value in cases:
+        torch.save(changed(good, keys, value), run / "checkpoint.pt")
+        message = refused(capsys, train.main, ["--resume", str(run), "--steps", "2"])
+        assert str(run) in message, (keys, value, message)
+    (run / "checkpoint.pt").write_bytes(content)
     assert "holds a run" in refused(capsys, train.main, [*TINY, "--out", str(run)])
     assert "slot-dim" in refused(capsys, train.main, ["--resume", str(run), "--slot-dim", "16"])
+    (run / "copy.pt").write_bytes(content)
+    assert "checkpoint.pt" in refused(capsys, train.main, ["--resume", str(run / "copy.pt")])
+    train.main(["--resume", str(run), "--steps", "2"])
+    assert "step 2 already" in refused(capsys, train.main, ["--resume", str(run), "--steps", "1"])
+    with open(run / "log.jsonl", "a") as file:
+        assert data.try_lock(file)
+        assert "another process" in refused(capsys, train.main, ["--resume", str(run), "--steps", "3"])
 
 
 def test_failed_write_keeps_the_last_checkpoint(tmp_path):
@@ -895,7 +1011,7 @@ def test_failed_write_keeps_the_last_checkpoint(tmp_path):
            f"train.main(['--resume', {str(out)!r}, '--steps', '6', '--device', 'cpu', '--no-compile'])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2 and "cannot write" in result.stderr and "Traceback" not in result.stderr
-    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("*.part"))
+    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("part-*"))
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
@@ -1057,3 +1173,286 @@ def test_the_readme_points_to_the_right_lines():
                        "t.README.write_text(t.right_lines(t.README.read_text()))'\n" + "\n".join(stale))
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text()):
         assert (HERE / target).exists(), f"README.md links to {target}, which is not there"
+
+
+def test_nan_in_the_weights_is_not_saved(tmp_path, capsys, monkeypatch):
+    """The loss of a step is of the weights before it: after the last step only the weights themselves can tell."""
+    out, step = tmp_path / "run", torch.optim.Adam.step
+    train.main([*TINY, "--steps", "3", "--out", str(out)])
+    before = (out / "checkpoint.pt").read_bytes()
+
+    def spoil(self, *args):
+        step(self, *args)
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.state[self.param_groups[0]["params"][0]][name][0] = float("inf")  # no loss shows this
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spoil)
+    assert "became NaN or infinite by step 6" in refused_last(capsys, ["--resume", str(out), "--steps", "6"])
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_full_disk_while_logging_or_drawing(tmp_path):
+    out = tmp_path / "run"
+    train.main([*TINY, "--steps", "3", "--out", str(out)])
+    figure = (out / "figure.png").read_bytes()
+    code = f"import resource, signal, sys; sys.path.insert(0, {str(HERE)!r}); import train, visualize\n" \
+           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
+           f"for main, flags, size in ((visualize.main, [{str(out)!r}], 20_000), (train.main, ['--resume', {str(out)!r}, '--steps', " \
+           f"'6'], {(out / 'log.jsonl').stat().st_size + 10})):\n" \
+           "    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))\n" \
+           "    try: main(flags)\n" \
+           "    except SystemExit as stop: assert stop.code == 2"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and "Traceback" not in result.stderr and "Exception" not in result.stderr, result.stderr
+    last = [line for line in result.stderr.splitlines() if "cannot write" in line]
+    assert len(last) == 2 and "figure.png" in last[0] and "log.jsonl" in last[1]
+    assert (out / "figure.png").read_bytes() == figure and not list(out.glob("part-*"))
+    train.main(["--resume", str(out), "--steps", "6"])
+    assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_seeds_are_runs_and_go_on(tmp_path, capsys):
+    flags = [*TINY, "--steps", "3", "--out", str(tmp_path / "run")]
+    train.main([*flags, "--seed", "4"])
+    train.main([*flags, "--seeds", "4"])
+    capsys.readouterr()
+    train.main([*flags, "--seeds", "4", "5"])
+    shown = capsys.readouterr()
+    assert "seed4/" not in shown.err  # is there already
+    rows = [log_of(tmp_path / name)[-1] for name in ("run", "run-seed4", "run-seed5")]
+    assert rows[0]["ari"] == rows[1]["ari"] != rows[2]["ari"]
+    wanted = np.array([row["ari"] for row in rows[1:]])
+    assert f"FG-ARI: {wanted.mean():.4f} ± {wanted.std(ddof=1):.4f} over 2 seeds" in shown.out
+    assert "lr" in refused(capsys, train.main, [*flags, "--seeds", "4", "--lr", "1"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kill it anywhere; damaged files. Both take a count: the suite runs few, by hand many:
+#     python -c "import test_slot_attention as t, pathlib; t.kill_anywhere(pathlib.Path('/tmp/kill'), 20)"
+# ---------------------------------------------------------------------------------------------------------------------
+
+# One process imports torch and forks a child for each run. What kills: the clock, or the n-th call of a function.
+KILLER = """
+import io, json, os, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import data, train, visualize
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def on_call(owner, name, number, before=die):
+    function, calls = getattr(owner, name), []
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            before(*args)
+        return function(*args, **kwargs)
+    setattr(owner, name, counted)
+
+def half_a_checkpoint(content, file):
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    file.write(whole.getvalue()[:len(whole.getvalue()) * number // 4])
+    file.flush()
+    die()
+
+def half_a_figure(self, path):
+    path.write_bytes(b"half")
+    die()
+
+for line in sys.stdin:
+    kind, number, delay, argv = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if kind == "cache":
+            on_call(data, ("make_multi_dsprites", "checksums", "build_cache")[number % 3], 1 + number // 3)
+        if kind == "checkpoint":
+            on_call(*((torch, "save", number, half_a_checkpoint), (os, "fsync", number), (os, "replace", number))[number % 3])
+        if kind == "figure":
+            on_call(visualize.plt.Figure, "savefig", 1, half_a_figure) if number % 2 else on_call(visualize, "make_figure", 1)
+        train.main(argv)
+        os._exit(0)
+    if kind == "clock":
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def kill_anywhere(folder, kills, seed=0):
+    """Kills training so often; --resume goes on each time, and the end is that of an unbroken run, to the bit. -> where
+    the kills fell."""
+    rng, fell, rounds = random.Random(seed), Counter(), 0
+    flags = ("--data multi_dsprites --small --train-count 64 --eval-count 8 --batch-size 8 --steps 12 --eval-every 2 --log-every 1 "
+             "--dtype float32 --device cpu --no-compile --encoder-channels 8 --decoder-channels 8 --slot-dim 8").split()
+    killer = subprocess.Popen([sys.executable, "-c", KILLER], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(argv, kind=None, number=0, delay=0):
+        killer.stdin.write(json.dumps([kind, number, delay, argv]) + "\n")
+        killer.stdin.flush()
+        return int(killer.stdout.readline())
+
+    whole = folder / "whole"
+    start = time.perf_counter()
+    assert run([*flags, "--data-root", str(folder / "data"), "--out", str(whole)]) == 0
+    duration = time.perf_counter() - start
+    expected = train.load_checkpoint(whole)
+    while sum(fell.values()) < kills:
+        out, root = folder / f"killed{rounds}", folder / f"data{rounds}"
+        rounds += 1
+        for turn in range(100):
+            kind = "end" if sum(fell.values()) >= kills else ("cache", "checkpoint", "clock", "figure", "cache", "clock",
+                                                              "checkpoint", "end")[turn % 8]
+            if kind == "cache":
+                shutil.rmtree(root / "cache", ignore_errors=True) if turn else None
+            new = not (out / "checkpoint.pt").exists()
+            status = run([*flags, "--data-root", str(root), "--out", str(out)] if new else ["--resume", str(out)], kind,
+                         rng.randint(1, 3), rng.uniform(0, duration / 2))
+            assert status in (0, signal.SIGKILL), status
+            if status == 0:
+                break
+            fell[kind] += 1
+            if (out / "checkpoint.pt").exists():
+                train.load_checkpoint(out)
+        ours = train.load_checkpoint(out)
+        for part in ("model", "optimizer"):
+            ours_flat, expected_flat = (torch.utils._pytree.tree_leaves(content[part]) for content in (ours, expected))
+            assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(ours_flat, expected_flat, strict=True))
+        assert ours["step"] == 12 and without_times(log_of(out)) == without_times(log_of(whole))
+        assert (out / "figure.png").stat().st_size > 10_000
+        assert not [path for path in [*out.rglob("*"), *root.rglob("*")] if "part" in path.name or path.suffix == ".lock"]
+    killer.stdin.close()
+    killer.wait()
+    return fell
+
+
+def test_killed_anywhere_it_goes_on(tmp_path):
+    assert set(kill_anywhere(tmp_path, 5)) == {"cache", "checkpoint", "clock", "figure"}
+
+
+def damaged(content, rng):
+    """Bytes with some damage, as disks, networks and people do it."""
+    kind, content = rng.randrange(7), bytearray(content)
+    place, size = rng.randrange(len(content)), rng.randint(1, 64)
+    if kind < 3:
+        for _ in range(kind + 1):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == 3:
+        del content[place:]
+    elif kind == 4:
+        content[place:place + size] = bytes(size)
+    elif kind == 5:
+        content[place:place + size] = rng.randbytes(size)
+    else:
+        content = rng.choice([b"", b"text", b"\x1f\x8b", b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"{}", b"[]", b"null", rng.randbytes(5000)])
+    return bytes(content)
+
+
+def damaged_files(folder, count, seed=0):
+    """Reads so many damaged files: each is refused, in one line that names it and in little time, or read as it was.
+    -> how many of each kind, refused and read."""
+    rng, seen = random.Random(seed), Counter()
+    train.main([*TINY, "--steps", "1", "--out", str(folder / "run")])
+    data.load("multi_dsprites", "eval", folder, count=3)
+    cache, = (folder / "cache").iterdir()
+    clevr, _ = clevr_v1(folder, count=2)
+    samples = {name: (ASSETS / "tfrecords" / f"{name}_sample.tfrecords").read_bytes()
+               for name in ("tetrominoes", "multi_dsprites_colored_on_colored")}
+    (folder / "tf").mkdir()
+    for end in (".index", ".data-00000-of-00001"):
+        (folder / f"tf/ckpt{end}").write_bytes(Path(f"{ASSETS / 'ckpt-500'}{end}").read_bytes())
+
+    def read_checkpoint():
+        checkpoint = train.load_checkpoint(folder / "run")
+        train.load_model(checkpoint, folder / "run")
+        return checkpoint
+
+    def read_records(limit=None):
+        return list(data.read_tfrecords(folder / "tetrominoes.tfrecords", "tetrominoes", limit))
+
+    def repacked(content, rng):  # the file's own checksum is right: the records' have to do
+        return gzip.compress(damaged(gzip.decompress(content), rng), 1)
+
+    def forged(content, rng):  # and here they are right, too: only what the record says is wrong
+        raw = bytearray(gzip.decompress(content))
+        length = int.from_bytes(raw[:8], "little")
+        end = 12 + length
+        for _ in range(rng.randint(1, 3)):  # the protobuf's tags and lengths are at the front, the factors' at the end
+            raw[rng.choice([rng.randrange(12, 60), rng.randrange(12, end), rng.randrange(end - 300, end)])] ^= 1 << rng.randrange(8)
+        raw[end:end + 4] = data.masked_crc32c(bytes(raw[12:end])).to_bytes(4, "little")
+        return gzip.compress(bytes(raw), 1)
+
+    def other(content, rng):
+        return samples["multi_dsprites_colored_on_colored"]
+
+    def read_forged():
+        scenes = data.load("tetrominoes", "train", folder / "forged", resolution=35)
+        return scenes.batch(torch.arange(len(scenes)))
+
+    (folder / "forged").mkdir()
+    for path in (folder / "tetrominoes.tfrecords", folder / "forged" / "tetrominoes_train.tfrecords"):
+        path.write_bytes(samples["tetrominoes"])
+    png = next((clevr / "CLEVR_v1.0/images/train").iterdir())
+    scenes_file = clevr / "CLEVR_v1.0/scenes/CLEVR_train_scenes.json"
+
+    def odd_json(content, rng):
+        content = json.loads(content)
+        scene = rng.choice(content["scenes"])
+        thing = rng.choice(scene["objects"])
+        odd = rng.choice([None, "pink", -1, 1e400, float("nan"), 10 ** 400, [], {}, [0, 0], ["0", "0", "0"], True, [1e9, 0, 0], "../../x"])
+        place = rng.choice([(content, "scenes"), (scene, "objects"), (scene, "image_filename"), (thing, rng.choice(list(thing))),
+                            (scene["objects"], 0), (content["scenes"], 1)])
+        place[0][place[1]] = odd
+        if rng.random() < 0.2:
+            scene["objects"] = [thing] * 11
+        return json.dumps(content).encode()
+
+    def read_clevr():
+        for stale in (clevr / "cache").glob("clevr_v1-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        return data.load("clevr", "train", clevr, resolution=8, crop="none").arrays
+
+    def read_cache():
+        return data.load("multi_dsprites", "eval", folder, count=3).arrays
+
+    kinds = [("checkpoint", folder / "run/checkpoint.pt", damaged, read_checkpoint, True),
+             *((f"cache {path.name}", path, damaged, read_cache, True) for path in sorted(cache.iterdir())),
+             ("records", folder / "tetrominoes.tfrecords", damaged, read_records, True),
+             ("records, first", folder / "tetrominoes.tfrecords", repacked, lambda: read_records(9), True),
+             ("records, forged", folder / "forged/tetrominoes_train.tfrecords", forged, read_forged, False),
+             ("records, other set", folder / "tetrominoes.tfrecords", other, read_records, True),
+             ("picture", png, damaged, lambda: data.read_png(png), True),
+             ("scenes file", scenes_file, damaged, read_clevr, False), ("scenes file, odd", scenes_file, odd_json, read_clevr, False),
+             *((f"TF {path.suffix}", path, damaged, lambda: sa.read_tf_checkpoint(folder / "tf/ckpt"), True)
+               for path in sorted((folder / "tf").iterdir()))]
+    whole = {kind: read() for kind, _, _, read, _ in kinds}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(count):
+        kind, path, damage, read, same = kinds[number % len(kinds)]
+        good = path.read_bytes()
+        bad = damage(good, rng)
+        path.write_bytes(bad)
+        start = time.process_time()
+        try:
+            content = read()
+        except (ValueError, OSError) as error:
+            seen[kind, "refused"] += 1
+            assert len(str(error).splitlines()) == 1 and len(str(error)) < 600, error
+            named = {"cache": cache, "TF": folder / "tf/ckpt"}.get(kind.split()[0], path)
+            assert str(named) in str(error) or kind.startswith("scenes") and "CLEVR_" in str(error), (kind, error)
+        else:
+            seen[kind, "read"] += 1
+            if same:  # the damage hit what nobody reads: padding, a name, the time in a header
+                flat, flat_whole = (torch.utils._pytree.tree_leaves(x) for x in (content, whole[kind]))
+                assert all(np.array_equal(a, b) for a, b in zip(flat, flat_whole, strict=True)), kind
+        assert time.process_time() - start < 10, kind
+        path.write_bytes(good)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory + 500_000  # kB
+    return seen
+
+
+def test_damaged_files_are_refused(tmp_path):
+    seen = damaged_files(tmp_path, 120)
+    assert sum(seen.values()) == 120 and sum(number for (_, what), number in seen.items() if what == "refused") > 80

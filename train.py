@@ -11,6 +11,7 @@ A run is one folder: checkpoint.pt, log.jsonl (one JSON object a line) and its f
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -20,6 +21,7 @@ import signal
 import statistics
 import sys
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -100,6 +102,20 @@ SMALL = {  # and with --small, for minutes on a CPU
     "set_prediction": {"clevr": QUICK_SETS, "clevr_like": QUICK_SETS},
 }
 MODEL_KEYS = list(RECIPE)[:13]
+EVAL_KEYS = ("num_slots", "num_iterations", "resolution", "min_objects", "max_objects", "eval_count", "batch_size")  # --eval's
+LARGEST = {**dict.fromkeys(MODEL_KEYS, 1_024), "resolution": 2_048, "decoder_kernel": 15, "pixel_shuffle": 32, "min_objects": 10,
+           "max_objects": 10, "train_count": 1_000_000, "eval_count": 1_000_000, "batch_size": 100_000, "decay_rate": 1.0,
+           "beta2": 0.999999, "slot_loss": 1.0}  # no sensible value is larger, but a typing error or a damaged file's may be
+DTYPES = ("auto", "float32", "bfloat16")
+RUNTIME = {  # how a run is computed, not what; a resumed run keeps it
+    "data_root": ("data", "where the real files are"),
+    "download": (False, "fetch CLEVR_v1.0 if there is no CLEVR"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", "cuda, cpu or mps"),
+    "dtype": ("auto", "auto, float32 or bfloat16; auto: bfloat16 where the hardware has it"),
+    "compile": (torch.cuda.is_available(), "torch.compile"),
+    "accumulate": (1, "take each batch in so many parts: less memory, the same gradient"),
+    "log_every": (10, "steps between lines of the log"),
+}
 
 
 def learning_rate(step, lr, warmup, decay_rate, decay_steps):
@@ -119,18 +135,23 @@ def build_model(config):
     return model(**{key: config[key] for key in keys})
 
 
-def save_checkpoint(path, **content):
-    """Writes under another name first: a kill or a full disk leaves the last good checkpoint."""
-    part = path.with_name(path.name + ".part")
+@contextlib.contextmanager
+def whole_file(path):
+    """Gives another name to write to: a kill, a full disk or an error leaves the file before it as it was."""
+    part = path.with_name(f"part-{path.name}")
     try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); the checkpoint before it is as it was") from None
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is as it was") from None
+
+
+def save_checkpoint(path, **content):
+    with whole_file(path) as part, open(part, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path):
@@ -139,15 +160,22 @@ def load_checkpoint(path):
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"no checkpoint at {path}; a run writes one before its first step")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size or archive.testzip():
+                raise ValueError("a checksum or a size is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint = {"optimizer": checkpoint.get("optimizer"),
                       **{key: checkpoint[key] for key in ("config", "model", "step", "seconds")}}
         checkpoint["config"] = {**{key: value for key, (value, _) in RECIPE.items()}, **checkpoint["config"]}
+        check_config(checkpoint["config"])
+        if not valid(checkpoint["step"], 0) or not valid(checkpoint["seconds"], 0.0):
+            raise ValueError("its step or its time is no such thing")
         return checkpoint
     except Exception as error:  # torch has many ways to say it: pickle, zip, runtime, key, type and value errors
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})") from None
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from None
 
 
 def load_model(checkpoint, where):
@@ -155,9 +183,34 @@ def load_model(checkpoint, where):
     try:
         model = build_model(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
-        return model
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{where} does not fit its own config ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error).splitlines()[:2][-1].strip()  # of PyTorch's many lines the second has the first difference
+        raise ValueError(f"{where} does not fit its own config ({reason[:200]})") from None
+    if not all_finite(model.state_dict()):
+        raise ValueError(f"{where} holds weights that are not finite numbers")
+    return model
+
+
+def load_optimizer(optimizer, checkpoint, where):
+    """Takes over Adam's running means, but not its settings: those are the config's."""
+    try:
+        state = checkpoint["optimizer"]["state"]
+        for i, parameter in enumerate(optimizer.param_groups[0]["params"] if checkpoint["step"] else ()):
+            first, second = state[i]["exp_avg"], state[i]["exp_avg_sq"]
+            if not (first.shape == second.shape == parameter.shape and (second >= 0).all()
+                    and state[i]["step"].shape == () and state[i]["step"] > 0):
+                raise ValueError(f"the state of parameter {i}")
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if not all_finite(state):
+            raise ValueError("it is not finite")
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = repr(error).splitlines()[0]
+        raise ValueError(f"{where} holds an optimizer's state that does not fit its model ({reason})") from None
+
+
+def all_finite(state):
+    """Whether all tensors of a state dict are, of nested ones too."""
+    return all(all_finite(value) if isinstance(value, dict) else bool(value.isfinite().all()) for value in state.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,10 +224,12 @@ RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(key, default)) for key, defau
 def choose_device(name):
     name = f"cuda:{LOCAL_RANK}" if name == "cuda" and WORLD_SIZE > 1 else name
     try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from None
-    return torch.device(name)
+        if torch.zeros(1, device=name).device.type in ("cuda", "cpu", "mps"):
+            return torch.device(name)
+        error = "it is none of cuda, cpu, mps"
+    except (RuntimeError, AssertionError, NotImplementedError) as failure:
+        error = str(failure).splitlines()[0]
+    raise ValueError(f"--device {name} cannot be used here ({error})")
 
 
 def choose_dtype(name, device):
@@ -281,7 +336,7 @@ def compute_loss(output, batch, slot_loss=0.0):
 def evaluate(model, config, scenes, device, dtype, num_iterations=None):
     """-> {"eval_loss", and "ari": mean FG-ARI where there are masks, or "ap": {threshold: AP}} over a whole split, each
     process a stretch of it."""
-    parts = {"eval_loss": [], "ari": [], "predictions": [], "targets": []}  # each [n] or [n, ...]: a value per scene
+    parts = {"eval_loss": [], "ari": [], "slot_shares": [], "predictions": [], "targets": []}  # each [n] or [n, ...]: a value per scene
     generator = torch.Generator().manual_seed(0)  # the same noise at every evaluation
     slots_noise = torch.randn(len(scenes), config["num_slots"], config["slot_dim"], generator=generator)
     own = torch.arange(len(scenes)).tensor_split(WORLD_SIZE)[RANK]
@@ -292,7 +347,10 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
         if isinstance(output, SetPrediction):
             parts["predictions"].append(output.predictions)
             parts["targets"].append(batch["target"])
-        elif "label" in batch:
+            continue
+        shares = output.masks.mean(dim=(2, 3, 4)).sort(dim=1, descending=True).values         # [B, K]; slots have no order
+        parts["slot_shares"].append(shares)
+        if "label" in batch:
             true_mask = F.one_hot(batch["label"].flatten(1).long(), 11)[..., 1:]  # [B, P, 10]: without the background
             parts["ari"].append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
     everywhere = [{key: torch.cat(value).cpu() for key, value in parts.items() if value}]
@@ -300,7 +358,11 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
         everywhere *= WORLD_SIZE
         dist.all_gather_object(everywhere, everywhere[0])
     whole = {key: torch.cat([part[key] for part in everywhere if key in part]) for key in everywhere[0]}
-    result = {key: whole[key].double().mean().item() for key in ("eval_loss", "ari") if key in whole}
+    result = {"eval_loss": whole["eval_loss"].double().mean().item()}
+    if "slot_shares" in whole:
+        result["slot_shares"] = [round(share, 4) for share in whole["slot_shares"].double().mean(dim=0).tolist()]
+    if "ari" in whole:
+        result["ari"] = whole["ari"].double().mean().item()
     if "predictions" in whole:
         result["ap"] = {str(threshold): average_precision_clevr(whole["predictions"], whole["targets"], threshold)
                         for threshold in (math.inf, 1, 0.5, 0.25, 0.125)}
@@ -308,10 +370,11 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
 
 
 def describe(result):
-    """An evaluation as people read it."""
-    names = {"eval_loss": "held-out loss", "ari": "FG-ARI", "ap": "AP % at inf/1/.5/.25/.125"}
-    return "  ".join(f"{names[key]} " + ("/".join(f"{100 * ap:.1f}" for ap in value.values()) if key == "ap" else f"{value:.4f}")
-                     for key, value in result.items())
+    """An evaluation as people read it. The slots' shares of the pictures, from the largest in each to the smallest, show
+    a failed run: all alike, or one has all."""
+    names = {"eval_loss": "held-out loss", "ari": "FG-ARI", "slot_shares": "slots %", "ap": "AP % at inf/1/.5/.25/.125"}
+    return "  ".join(f"{names[key]} " + (f"{value:.4f}" if isinstance(value, float) else "/".join(
+        f"{100 * part:.1f}" for part in (value.values() if isinstance(value, dict) else value))) for key, value in result.items())
 
 
 def train_step(model, forward, optimizer, parts, config, step, dtype):
@@ -336,45 +399,46 @@ def train_step(model, forward, optimizer, parts, config, step, dtype):
     return total
 
 
-def train(config, out, checkpoint=None):
-    """Trains by a config ({key: value} of RECIPE and of the flags) into the folder `out`, from a checkpoint if
-    given."""
+def train(config, out, log, checkpoint=None):
+    """Trains by a config ({key: value} of RECIPE and of the flags) into the folder `out` and its open log, from a
+    checkpoint if given."""
     device, dtype = join_processes(config)
     torch.manual_seed(config["seed"])
     model = load_model(checkpoint, out) if checkpoint else build_model(config)
     model, forward, optimizer = fast(model, config, device)
     if checkpoint:
-        try:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{out} holds an optimizer's state that does not fit its model ({error!r})") from None
+        load_optimizer(optimizer, checkpoint, out)
     step, seconds = (checkpoint["step"], checkpoint["seconds"]) if checkpoint else (0, 0.0)
 
-    scenes = load_scenes(config, "train").to(device)
-    held_out = load_scenes(config, "eval").to(device)
+    def save():
+        if not (all_finite(model.state_dict()) and all_finite(optimizer.state_dict()["state"])):
+            raise ValueError(diverged("the weights or the optimizer's means"))
+        if RANK == 0:
+            save_checkpoint(out / "checkpoint.pt", config=config, model=model.state_dict(),
+                            optimizer=optimizer.state_dict(), step=step, seconds=seconds)
+
+    def diverged(what):
+        return (f"{what} became NaN or infinite by step {step}; the checkpoint in {out}/ is from before. Try a smaller --lr, "
+                f"--clip 1, or --dtype float32, from the start or with --resume {out}")
+
+    if not checkpoint:
+        save()  # from here on a killed run can go on, even if it is killed while its cache is built
+    try:
+        scenes = load_scenes(config, "train").to(device)
+        held_out = load_scenes(config, "eval").to(device)
+    except (OSError, ValueError):
+        if not checkpoint and RANK == 0:  # nothing began
+            (out / "checkpoint.pt").unlink()
+        raise
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{config['data']}: {len(scenes):,} scenes, {len(held_out):,} held out; {parameters:,} parameters; "
         f"{device}{f' x {WORLD_SIZE}' * (WORLD_SIZE > 1)}, {str(dtype).removeprefix('torch.')}; writing to {out}/")
     if "label" not in held_out.arrays:
         say("this dataset has no masks, so there is no FG-ARI")
 
-    log_path = out / "log.jsonl"
-    if RANK == 0:  # it alone writes
-        out.mkdir(parents=True, exist_ok=True)
-        rows = read_log(log_path) if checkpoint else []
-        part = log_path.with_name("log.jsonl.part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-        os.replace(part, log_path)
-    log = open(log_path if RANK == 0 else os.devnull, "a", buffering=1)
-
     stop = []  # the signal that asked for it
     handlers = {number: signal.signal(number, lambda number, frame: stop.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def save():
-        if RANK == 0:
-            save_checkpoint(out / "checkpoint.pt", config=config, model=model.state_dict(),
-                            optimizer=optimizer.state_dict(), step=step, seconds=seconds)
 
     result, total, since, clock = {}, torch.zeros((), device=device), step, time.perf_counter()
     for parts in batches(config, scenes, step, device):
@@ -394,10 +458,10 @@ def train(config, out, checkpoint=None):
         if at_eval:
             result = evaluate(model, config, held_out, device, dtype)
             row.update(result)
-        if not math.isfinite(row["loss"] + row.get("eval_loss", 0)):
-            raise ValueError(f"the loss became {row['loss']} by step {step}; what {out}/ holds is from before. "
-                             "Try a smaller --lr, --clip 1, or --dtype float32")
-        log.write(json.dumps(row) + "\n")
+        for key in ("loss", "eval_loss"):
+            if not math.isfinite(row.get(key, 0)):
+                raise ValueError(diverged(key))
+        log(row)  # before the checkpoint: what is logged too much is cut by a resumed run
         left = seconds / step * (config["steps"] - step)
         line = (f"step {step:,}/{config['steps']:,}  loss {row['loss']:.5f}  {images / elapsed:,.0f} images/s  "
                 f"{clock_time(left)} left  {describe(result)}")
@@ -417,15 +481,49 @@ def train(config, out, checkpoint=None):
     say(f"trained in {clock_time(seconds)}")
 
 
-def read_log(path):
-    """The rows of a log.jsonl. A killed run may have logged more than it saved, and its last line may be cut."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+def read_log(content):
+    """The lines of a log.jsonl's content and their rows. A killed run's last line may be cut."""
+    for line in content.splitlines(keepends=True):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+            row = json.loads(line)
+            if not (line.endswith(b"\n") and valid(row["step"], 0) and valid(row["loss"], 0.0) and valid(row["seconds"], 0.0)):
+                return
+        except (ValueError, KeyError, TypeError):
+            return
+        yield line, row
+
+
+@contextlib.contextmanager
+def open_log(out, step):
+    """Opens the log in a run's folder, cut behind its last row up to `step` (a killed run may have logged more than it
+    saved, and half a line) -> a function that adds a row. Until it is closed no other process can train into the
+    folder. What came to nothing is removed."""
+    if RANK > 0:
+        yield lambda row: None
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "log.jsonl"
+    with open(path, "ab+", buffering=0) as file:
+        if data.try_lock(file) is False:
+            raise ValueError(f"another process is training into {out}/: wait for it, or choose another --out")
+        file.seek(0)
+        file.truncate(sum(len(line) for line, row in read_log(file.read()) if row["step"] <= step))
+
+        def add(row):
+            line = json.dumps(row).encode() + b"\n"
+            try:
+                if file.write(line) < len(line):
+                    raise OSError("the disk is full")
+            except OSError as error:
+                raise OSError(f"cannot write {path} ({error}); go on from the last checkpoint with --resume {out}") from None
+
+        try:
+            yield add
+        finally:
+            if not (out / "checkpoint.pt").exists():
+                path.unlink()
+                with contextlib.suppress(OSError):
+                    out.rmdir()
 
 
 def clock_time(seconds):
@@ -525,68 +623,103 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse_value(example):
-    """The parser of a flag, by the type and sign of its default."""
+def valid(value, example, largest=None):
+    """Whether a value, typed or from a file, is of its example's type and in the range that makes sense."""
+    if isinstance(example, tuple):
+        return type(value) is tuple and 1 <= len(value) <= 16 and all(valid(part, 1, 16) for part in value)
+    if type(value) is not type(example) or isinstance(example, (bool, str)):
+        return type(value) is type(example)
+    least = 0 if example in (0, RECIPE["warmup"][0]) else 1 if isinstance(example, int) else sys.float_info.min
+    return least <= value <= (largest or (10 ** 9 if isinstance(example, int) else sys.float_info.max))
+
+
+def parse_value(example, largest=None):
+    """The parser of a flag, from its default and its largest value."""
     def parse(text):
-        if isinstance(example, tuple):
-            value = tuple(int(part) for part in text.split(","))
-            if min(value) < 1:
-                raise ValueError
-            return value
-        value = type(example)(text)
-        if not 0 <= value < math.inf or (value == 0 and example not in (0, RECIPE["warmup"][0])):
+        value = tuple(int(part) for part in text.split(",")) if isinstance(example, tuple) else type(example)(text)
+        if not valid(value, example, largest):
             raise ValueError
         return value
-    parse.__name__ = "positive number" if not isinstance(example, tuple) else "list of positive numbers"
+    parse.__name__ = ("number" if not isinstance(example, tuple) else "list of numbers") + " (of a range that makes sense) as"
     return parse
 
 
+def check_config(config):
+    """Raises ValueError for values, and pairs of them, that make no run."""
+    for key, (example, _) in (*RECIPE.items(), *RUNTIME.items()):
+        if not valid(config.get(key, example), example, LARGEST.get(key)):
+            raise ValueError(f"{key} cannot be {str(config[key])[:50]!r}")
+    task, name, low, high = (config[key] for key in ("task", "data", "min_objects", "max_objects"))
+    if name not in EXPERIMENTS.get(task, ()) or config["crop"] not in ("paper", "official", "none") or not valid(config["seed"], 0) or (
+            config.get("dtype", "auto") not in DTYPES):
+        raise ValueError("its task, data, crop, seed or dtype is none that there is")
+    if low > high or (name == "clevr_like" and high < 3):
+        raise ValueError(f"--min-objects {low} --max-objects {high} leaves no scene" + " (CLEVR's have 3 or more)" * (low <= high))
+    if task == "set_prediction" and config["num_slots"] > 16:
+        raise ValueError(f"--num-slots {config['num_slots']}: the matching of set prediction takes 16 at most")
+
+
 def make_parser():
-    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--task", choices=EXPERIMENTS, default="object_discovery", help="what to learn")
+    add("--task", choices=EXPERIMENTS, help="what to learn (object_discovery)")
     add("--data", choices=data.DATA, help="the experiment; without it the demo: --data tetrominoes --small")
     add("--small", action="store_true", help="a small model and a short schedule, for a CPU")
-    add("--data-root", default="data", help="where the real files are")
-    add("--download", action="store_true", help="fetch CLEVR_v1.0 if there is no CLEVR")
     add("--official-crop", action="store_true", help="crop CLEVR_v1.0 off centre, as the official code did")
     add("--out", help="the run's folder; runs/NAME or the next free name if not given")
     add("--resume", metavar="RUN", help="go on with this run")
     add("--eval", metavar="RUN", help="evaluate this run, for 1 to 8 iterations unless --num-iterations is given")
     add("--benchmark", action="store_true", help="time the training step: one line of JSON, in ms median, least and most")
-    add("--seed", type=parse_value(0), help="of weights, order and noise", default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 where the hardware has it")
-    add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="torch.compile")
-    add("--accumulate", type=parse_value(1), default=1, help="take each batch in so many parts: less memory, the same gradient")
-    add("--log-every", type=parse_value(1), default=10, help="steps between lines of the log")
-    recipe = parser.add_argument_group("the recipe (in brackets: the paper's for CLEVR6)")
-    for key, (value, text) in RECIPE.items():
-        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {"type": parse_value(value)}
-        recipe.add_argument("--" + key.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} ({value})", **kind)
+    add("--seed", type=parse_value(0), help="of weights, order and noise (0)")
+    add("--seeds", type=parse_value(0), nargs="+", metavar="SEED", help="one run after the other, into OUT-seed0 and so on, and "
+        "their mean; the same command goes on after a stop")
+    groups = ((parser, RUNTIME), (parser.add_argument_group("the recipe (in brackets: the paper's for CLEVR6)"), RECIPE))
+    for group, table in groups:
+        for key, (value, text) in table.items():
+            kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {
+                "type": parse_value(value, LARGEST.get(key))}
+            kind.update({"choices": DTYPES} if key == "dtype" else {})
+            group.add_argument("--" + key.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} ({value})", **kind)
     return parser
 
 
+def check_flags(args):
+    """Raises ValueError for flags that are at odds."""
+    mode = next((mode for mode in ("benchmark", "resume", "eval", "seeds") if vars(args)[mode]), None)
+    odd = {"benchmark": ("resume", "eval", "seeds", "out"), "resume": ("eval", "seeds", "out", "seed", "small", "task", "official_crop"),
+           "eval": ("seeds", "out", "seed", "small", "task", "official_crop", "log_every", "compile",
+                    *(key for key in RECIPE if key not in EVAL_KEYS)),
+           "seeds": ("seed",), None: ()}[mode]
+    for key in odd:
+        if vars(args).get(key) not in (None, False):
+            raise ValueError(f"--{key.replace('_', '-')} and --{mode} do not go together")
+    if args.seeds and (len(set(args.seeds)) < len(args.seeds) or WORLD_SIZE > 1):
+        raise ValueError("--seeds takes different seeds, and no torchrun: start that for each --seed")
+
+
 def make_config(args, checkpoint=None):
-    """The run's config: the paper's recipe, the experiment's differences from it, and over both what was typed."""
-    flags = vars(args)
-    typed = {key: value for key, value in flags.items() if key in RECIPE}
+    """The run's config: the paper's recipe, the experiment's differences from it, and over both what was typed; with a
+    checkpoint, what that says in place of the recipe."""
+    typed = {key: value for key, value in vars(args).items() if key in RECIPE or key in RUNTIME}
+    config = {key: value for key, (value, _) in (*RECIPE.items(), *RUNTIME.items())}
     if checkpoint:
-        config = checkpoint["config"]
         typed.update({"data": args.data} if args.data else {})
+        config.update({key: value for key, value in checkpoint["config"].items()
+                       if not args.eval or key not in RUNTIME or key == "data_root"})  # another machine may evaluate
         fixed = [key for key in typed if key in (*MODEL_KEYS, "data") and typed[key] != config[key] and not args.eval]
         if fixed:
             raise ValueError(f"--{fixed[0].replace('_', '-')} cannot change when a run goes on (it has {config[fixed[0]]})")
+        if typed.get("steps", checkpoint["step"]) < checkpoint["step"]:
+            raise ValueError(f"--steps {typed['steps']}: the run is at step {checkpoint['step']:,} already")
     else:
-        name, small = args.data or "tetrominoes", args.small or not args.data
-        if name not in EXPERIMENTS[args.task]:
-            raise ValueError(f"there is no --task {args.task} for --data {name}; there is for {', '.join(EXPERIMENTS[args.task])}")
-        config = {key: value for key, (value, _) in RECIPE.items()}
-        config.update(EXPERIMENTS[args.task][name], **(SMALL[args.task][name] if small else {}))
-        crop = "none" if args.task == "set_prediction" else "official" if args.official_crop else "paper"
-        config.update(data=name, task=args.task, seed=args.seed, crop=crop)
-    config = {**config, **typed}
-    config.update({key: flags[key] for key in ("data_root", "download", "device", "dtype", "compile", "accumulate", "log_every")})
+        name, task, small = args.data or "tetrominoes", args.task or "object_discovery", args.small or not args.data
+        if name not in EXPERIMENTS[task]:
+            raise ValueError(f"there is no --task {task} for --data {name}; there is for {', '.join(EXPERIMENTS[task])}")
+        config.update(EXPERIMENTS[task][name], **(SMALL[task][name] if small else {}))
+        crop = "none" if task == "set_prediction" else "official" if args.official_crop else "paper"
+        config.update(data=name, task=task, seed=args.seed or 0, crop=crop)
+    config.update(typed)
+    check_config(config)
     return config
 
 
@@ -594,28 +727,65 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
+        check_flags(args)
         if args.eval:
             return print_evaluation(args)
-        checkpoint = load_checkpoint(args.resume) if args.resume else None
-        if checkpoint and checkpoint["optimizer"] is None:
-            raise ValueError(f"{args.resume} holds weights only, to draw and to evaluate: a run goes on from its checkpoint.pt")
-        config = make_config(args, checkpoint)
         if args.benchmark:
-            return benchmark(config)
-        out = Path(args.resume or args.out or free_name(Path("runs") / (args.data or "demo")))
-        out = out.parent if out.is_file() else out
-        if not args.resume and (out / "checkpoint.pt").exists():
-            raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
-        train(config, out, checkpoint)
-        if RANK > 0:
-            return
-        import visualize  # not above: it imports this file
-        visualize.main([str(out)])
-        say(f"look at {out}/figure.png; evaluate with: python train.py --eval {out}")
+            return benchmark(make_config(args))
+        name = Path(args.out or Path("runs") / (args.data or "demo"))
+        if args.seeds:
+            return train_seeds(args, name)
+        if not args.resume:
+            out = name if args.out else free_name(name)
+            if RANK == 0 and (out / "checkpoint.pt").exists():
+                raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
+            return train_and_draw(make_config(args), out)
+        checkpoint, out = load_checkpoint(args.resume), Path(args.resume)
+        if checkpoint["optimizer"] is None or (out.is_file() and out.name != "checkpoint.pt"):
+            raise ValueError(f"{out} is a copy or weights only, to draw and to evaluate: a run goes on from its checkpoint.pt")
+        train_and_draw(make_config(args, checkpoint), out.parent if out.is_file() else out, checkpoint)
     except (OSError, ValueError) as error:
         parser.error(error)
-    except KeyboardInterrupt:  # before the first step; later the loop saves
+    except KeyboardInterrupt:
         sys.exit(130)
+
+
+def train_and_draw(config, out, checkpoint=None):
+    try:
+        with open_log(out, checkpoint["step"] if checkpoint else -1) as log:
+            train(config, out, log, checkpoint)
+        if RANK == 0:
+            import visualize  # not above: it imports this file
+            visualize.main([str(out)])
+            say(f"look at {out}/figure.png; evaluate with: python train.py --eval {out}")
+    except KeyboardInterrupt:  # before the first step or after the last: the loop between has its own way
+        say(f"stopped; to go on: python train.py --resume {out}")
+        sys.exit(130)
+
+
+def train_seeds(args, name):
+    """One run per seed, into NAME-seed0 and so on. Runs that are there already go on, or are taken as they are."""
+    runs = []
+    for args.seed in args.seeds:
+        out, config = name.with_name(f"{name.name}-seed{args.seed}"), make_config(args)
+        checkpoint = load_checkpoint(out) if (out / "checkpoint.pt").exists() else None
+        for key in config if checkpoint else ():
+            if key not in RUNTIME and checkpoint["config"][key] != config[key]:
+                raise ValueError(f"{out}/ holds a run with {key} = {checkpoint['config'][key]}, not {config[key]}: "
+                                 "choose another --out")
+        runs.append((config, out, checkpoint))
+    for config, out, checkpoint in runs:
+        if not (checkpoint and checkpoint["step"] >= config["steps"] and (out / "figure.png").exists()):
+            train_and_draw(config, out, checkpoint)
+    results = []
+    for seed, (_, out, _) in zip(args.seeds, runs):
+        row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+        results.append({f"AP % at {key}": 100 * value for key, value in row["ap"].items()} if "ap" in row else
+                       {name: row[key] for key, name in (("ari", "FG-ARI"), ("eval_loss", "held-out loss")) if key in row})
+        print(f"seed {seed}  " + "  ".join(f"{key} {value:.4f}" for key, value in results[-1].items()))
+    for key in results[0]:
+        values = torch.tensor([result[key] for result in results], dtype=torch.float64)
+        print(f"{key}: {values.mean():.4f} ± {values.std(correction=min(1, len(values) - 1)):.4f} over {len(values)} seeds")
 
 
 def free_name(path):
