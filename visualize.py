@@ -31,7 +31,7 @@ from matplotlib.animation import PillowWriter  # noqa: E402
 # A run of `python train.py --seed 0` without its optimizer:
 # c = torch.load("runs/demo/checkpoint.pt"); del c["optimizer"]; torch.save(c, "assets/demo.pt")
 DEMO = Path(__file__).resolve().parent / "assets" / "demo.pt"
-# The slots', the same in every figure: tab10's and then their lighter twins, without the greys; after 18 from the start.
+# The slots', the same in every figure: tab10's, then their lighter twins, without the greys; after 18 from the start.
 TAB20 = plt.get_cmap("tab20").colors
 COLORS = torch.tensor([TAB20[k] for k in (0, 2, 4, 6, 8, 10, 12, 16, 18, 1, 3, 5, 7, 9, 11, 13, 17, 19)]).repeat(50, 1)
 WIDTH, CELL = 8.7, 1.15  # of a figure and, at most, of a picture in it, in inches
@@ -86,22 +86,22 @@ def follow(model, frames, noise, num_iterations):
 
 
 def figure_blocks(subjects, panels):
-    """subjects: (name, frames, outputs) each, as of `follow`; panels: of a, b, c, clip -> blocks for `draw`. (a) shows
-    every scene at the end, the others the first scene of each subject through time."""
+    """subjects: (labels [B], frames, outputs) each, as of `follow`; panels: of a, b, c, clip -> blocks for `draw`. (a)
+    shows every scene at the end, the others the first scene of each subject through time."""
     blocks = []
     for panel in panels:
         if panel == "a":
-            rows = [(name if len(subjects) > 1 else f"scene {i + 1}", decomposition_row(outputs[-1], i, image))
-                    for name, frames, outputs in subjects for i, image in enumerate(frames[-1])]
+            rows = [(labels[i], decomposition_row(outputs[-1], i, image))
+                    for labels, frames, outputs in subjects for i, image in enumerate(frames[-1])]
             blocks.append(("(a) Decomposition", "masks", rows))
             continue
         title, head, pictures = {"b": ("(b) Attention at each iteration", "attention", attention_row),
                                  "c": ("(c) Decomposition after each iteration", "masks", decomposition_row),
                                  "clip": ("Slots carried from frame to frame", "masks", decomposition_row)}[panel]
-        for name, frames, outputs in subjects:
+        for labels, frames, outputs in subjects:
             rows = [(f"{'frame' if panel == 'clip' else 'iteration'} {t + 1}", pictures(output, 0, frame[0]))
                     for t, (frame, output) in enumerate(zip(frames, outputs))]
-            blocks.append((title + (f": {name}" if len(subjects) > 1 else ""), head, rows))
+            blocks.append((title + (f": {labels[0]}" if len(subjects) > 1 else ""), head, rows))
     return blocks
 
 
@@ -134,7 +134,8 @@ def save_gif(subjects, step, out):
     """Every scene through time as an animated GIF, which rests on its end."""
     movie = []
     for t in range(1, 1 + min(len(frames) for _, frames, _ in subjects)):
-        (_, head, rows), = figure_blocks([(name, frames[:t], outputs[:t]) for name, frames, outputs in subjects], "a")
+        until_t = [(labels, frames[:t], outputs[:t]) for labels, frames, outputs in subjects]
+        (_, head, rows), = figure_blocks(until_t, "a")
         movie.append([(f"{step} {t}", head, rows)])
     figure, writer = draw(movie[0]), PillowWriter(fps=2)
     with writer.saving(figure, out, dpi=100):
@@ -199,25 +200,22 @@ def figure_curve(runs):
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH, 5.2), layout="constrained")
     for i, run in enumerate(runs):
         log = (run if run.is_dir() else run.parent) / "log.jsonl"
-        rows = [row for _, row in train.read_log(log.read_bytes())]
+        rows = [{**row, **{f"AP {key}": ap for key, ap in row.get("ap", {}).items()}} for _, row in
+                train.read_log(log.read_bytes())]
         evals = [row for row in rows if "eval_loss" in row]
         if not evals:
             raise ValueError(f"{log}: no log of a training run with an evaluation")
         steps, minutes = [0] + [row["step"] for row in rows], [0] + [row["seconds"] / 60 for row in rows]
-        name = f"{log.resolve().parent.name} ({minutes[-1]:.1f} minutes)"
-
-        def plot(axis, rows, value, label, style="o-", width=1.5):
-            axis.plot([row["step"] for row in rows], [value(row) for row in rows], style, label=f"{name}{label}",
-                      color=plt.get_cmap("viridis")(i / max(len(runs), 2)), linewidth=width, markersize=3)
-
-        plot(upper, rows, lambda row: row["loss"], ": as trained on", "-", 0.6)
-        plot(upper, evals, lambda row: row["eval_loss"], ": held out")
-        if "ari" in evals[-1]:
-            plot(lower, evals, lambda row: row["ari"], "")
-        for style, threshold in zip(("o-", "o--", "o-.", "o:", "o"), evals[-1].get("ap", ())):
-            plot(lower, evals, lambda row: row["ap"][threshold], f": nearer than {threshold}", style)
-    upper.set(yscale="log", ylabel="loss", xlim=(0, max(line.get_xdata()[-1] for line in upper.lines)))
-    lower.set(xlabel="steps", ylabel="AP" if "ap" in evals[-1] else "FG-ARI", ylim=(None, 1))
+        name, color = f"{log.resolve().parent.name} ({minutes[-1]:.1f} minutes)", plt.cm.viridis(i / max(len(runs), 2))
+        loss = [row["loss"] for row in rows]
+        upper.plot(steps[1:], loss, color=color, linewidth=0.6, label=f"{name}: loss, as trained on")
+        metrics = [key for key in evals[-1] if key == "ari" or key.startswith("AP")]
+        for key, style in zip(["eval_loss", *metrics], ("o-", "o-", "o--", "o-.", "o:", "o")):
+            axis, label = (lower, key.replace("ari", "FG-ARI")) if key in metrics else (upper, "loss, held out")
+            axis.plot([row["step"] for row in evals], [row[key] for row in evals], style, color=color, markersize=3,
+                      label=f"{name}: {label}")
+    upper.set(yscale="log", xlim=(0, max(line.get_xdata()[-1] for line in upper.lines)))
+    lower.set(xlabel="steps", ylim=(None, 1))
     if len(runs) == 1:
         scales = (lambda x: np.interp(x, steps, minutes)), (lambda x: np.interp(x, minutes, steps))
         upper.secondary_xaxis("top", functions=scales).set_xlabel("minutes")
@@ -288,12 +286,12 @@ def make_parser():
         help="parts of Figure 3 (all for one run, a for several), the training curve, or slots carried through a clip")
     add("--count", type=number, help="held-out scenes (4; of several runs one each), or frames of the clip (8)")
     add("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
-    add("--official", metavar="PREFIX", help="draw with the official CLEVR weights: a TensorFlow checkpoint, or an .npz")
+    add("--official", metavar="PREFIX", help="the official CLEVR weights, a TensorFlow checkpoint or an .npz file")
     add("--num-slots", type=number, help="other than in training")
     add("--num-iterations", type=number, help="other than in training")
     add("--data-root", help="where the real files are, if not where training found them")
     add("--seed", type=train.parse_value(0), default=0, help="of the slots' initial noise")
-    add("--out", help="the picture's path, animated if .gif; if not given figure.png (curve.png) in the run's folder, or here")
+    add("--out", help="the picture's path, animated if .gif; else figure.png (curve.png) in the run's folder, or here")
     return parser
 
 
@@ -326,7 +324,9 @@ def make_figure(args, runs, animated):
                 raise ValueError(f"{run} is of set prediction, which is drawn one run at a time")
             return figure_set_prediction(model, frames[0], target, noise, num_iterations).savefig
         outputs = follow(model, frames, noise, num_iterations if panel == "clip" else 1)
-        subjects.append((config["data"], frames, outputs))
+        names = [Path(path).stem[-14:] for path in args.images or ()] or [f"scene {i + 1}" for i in range(len(noise))]
+        labels = names if len(runs) == 1 else len(noise) * [config["data"]]
+        subjects.append((labels, frames, outputs))
     if animated:
         return lambda path: save_gif(subjects, "Frame" if panel == "clip" else "Iteration", path)
     return draw(figure_blocks(subjects, "abc" if panel == "all" else [panel])).savefig
