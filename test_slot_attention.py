@@ -1083,6 +1083,32 @@ def test_carried_slots_keep_their_objects():
     assert result["carried"][0] > 0.97 and result["carried"][1] > 0.93 and result["fresh"][0] < 0.4, result
 
 
+def altered(image, rng):
+    """uint8 pictures -> {name: the same with less contrast (about mid-grey), darker, or with normal noise}. The README's
+    picture is of these as PNGs: python visualize.py assets/demo.pt --figure a --images *.png"""
+    x = image / 255
+    changed = {"original": x, **{f"contrast {c}": 0.5 + c * (x - 0.5) for c in (0.75, 0.5, 0.25)},
+               **{f"brightness {b}": b * x for b in (0.9, 0.75, 0.5)},
+               **{f"noise {s}": x + s * rng.standard_normal(x.shape) for s in (0.05, 0.1, 0.2, 0.3)}}
+    return {name: (255 * y.clip(0, 1)).round().astype(np.uint8) for name, y in changed.items()}
+
+
+def ari_of_altered_scenes(count):
+    """FG-ARI of the demo's weights on altered held-out scenes. The README's figures are of 512 scenes:
+    python -c "import test_slot_attention as t; print(t.ari_of_altered_scenes(512))" """
+    checkpoint = train.load_checkpoint(visualize.DEMO)
+    model, config = train.load_model(checkpoint, visualize.DEMO), {**checkpoint["config"], "accumulate": 1}
+    model.slot_attention.implicit = False
+    scenes = train.load_scenes({**config, "eval_count": count}, "eval").arrays
+    return {name: train.evaluate(model, config, data.Scenes(image, scenes["label"]), torch.device("cpu"), torch.float32, 4)["ari"]
+            for name, image in altered(scenes["image"].numpy(), np.random.default_rng(0)).items()}
+
+
+def test_the_demo_stands_noise_but_not_darkness():
+    ari = ari_of_altered_scenes(64)
+    assert ari["original"] > 0.9 and ari["noise 0.1"] > 0.85 and ari["contrast 0.75"] > 0.75 and ari["brightness 0.5"] < 0.4, ari
+
+
 def test_pictures_of_any_mode_and_size(tmp_path, capsys):
     config = {"data": "tetrominoes", "resolution": 8, "crop": "paper"}
     grey = Image.new("L", (30, 20), 100)

@@ -186,8 +186,8 @@ def figure_set_prediction(model, images, target, noise, num_iterations):
                 sign, caption = "–" if t[18] < 0.5 else "✗", "no object"
             else:
                 sign, caption = "✓" if right else "✗", "{0} {3}\n{1} {2}\n".format(*words) + f"{p[18]:.0%}"
-                whole.text(*place(p[:3]), k + 1, fontsize=6, color="white", ha="center", va="center",
-                           bbox=dict(boxstyle="circle,pad=0.2", color=colors[k]))
+                whole.text(*place(p[:3]), k + 1, fontsize=6, color="white" if sum(colors[k]) < 1.9 else "black",
+                           ha="center", va="center", bbox=dict(boxstyle="circle,pad=0.2", color=colors[k]))
             axis.set_title(f"slot {k + 1} {sign if target is not None else ''}", fontsize=8)
             axis.set_xlabel(caption, fontsize=7)
     for axis in figure.axes:
