@@ -324,7 +324,7 @@ def make_figure(args, runs, animated):
                 raise ValueError(f"{run} is of set prediction, which is drawn one run at a time")
             return figure_set_prediction(model, frames[0], target, noise, num_iterations).savefig
         outputs = follow(model, frames, noise, num_iterations if panel == "clip" else 1)
-        names = [Path(path).stem[-14:] for path in args.images or ()] or [f"scene {i + 1}" for i in range(len(noise))]
+        names = [Path(path).stem[-15:] for path in args.images or ()] or [f"scene {i + 1}" for i in range(len(noise))]
         labels = names if len(runs) == 1 else len(noise) * [config["data"]]
         subjects.append((labels, frames, outputs))
     if animated:
