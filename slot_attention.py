@@ -480,7 +480,7 @@ def load_official_weights(model, variables):
     ckpt-500.data-00000-of-00001). Raises ValueError, and leaves the model as it was, if a variable is missing or of
     another shape."""
     if isinstance(variables, (str, Path)):
-        variables = np.load(variables) if str(variables).endswith(".npz") else read_tf_checkpoint(variables)
+        variables = read_npz(variables) if str(variables).endswith(".npz") else read_tf_checkpoint(variables)
     keys = {key.removeprefix("network/layer_with_weights-0/").removesuffix("/.ATTRIBUTES/VARIABLE_VALUE"): key
             for key in variables}
     state = model.state_dict()
@@ -524,6 +524,17 @@ def load_official_weights(model, variables):
             if module.bias is not None:
                 take(f"{name}.bias", f"{path}/bias")
     model.load_state_dict(state)
+
+
+def read_npz(path):
+    """{key: array}. No code in the file is run. Raises OSError or ValueError."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except OSError:
+        raise
+    except Exception as error:  # numpy has many ways to say it: zip, zlib, key, type, memory and end-of-file errors
+        raise ValueError(f"{path} is damaged or no .npz file ({type(error).__name__})") from None
 
 
 def read_tf_checkpoint(prefix):
@@ -572,7 +583,7 @@ def read_tf_checkpoint(prefix):
                     offset, size = entry.get(4, [0])[0], entry[5][0]
                     array = checked(data[offset:offset + size], entry[6][0], key)
                     arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
-    except (ValueError, IndexError, KeyError, TypeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{prefix}.index: damaged or not a checkpoint ({error})") from None
     return arrays
 
@@ -580,12 +591,13 @@ def read_tf_checkpoint(prefix):
 def varint(buffer, pos):
     """A protobuf variable-length number -> (number, position after it)."""
     number = shift = 0
-    while True:
+    while shift < 70:  # ten bytes make 64 bits
         byte = buffer[pos]
         number |= (byte & 127) << shift
         pos, shift = pos + 1, shift + 7
         if byte < 128:
             return number, pos
+    raise ValueError("a number has no end")
 
 
 def protobuf(buffer):

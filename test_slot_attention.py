@@ -1386,6 +1386,7 @@ def damaged_files(folder, count, seed=0):
     clevr, _ = clevr_v1(folder, count=2)
     samples = {name: (ASSETS / "tfrecords" / f"{name}_sample.tfrecords").read_bytes()
                for name in ("tetrominoes", "multi_dsprites_colored_on_colored")}
+    np.savez(folder / "weights.npz", a=np.arange(99.0), b=np.ones((3, 4)))
     (folder / "tf").mkdir()
     for end in (".index", ".data-00000-of-00001"):
         (folder / f"tf/ckpt{end}").write_bytes(Path(f"{ASSETS / 'ckpt-500'}{end}").read_bytes())
@@ -1451,6 +1452,7 @@ def damaged_files(folder, count, seed=0):
              ("records, other set", folder / "tetrominoes.tfrecords", other, read_records, True),
              ("picture", png, damaged, lambda: data.read_png(png), True),
              ("scenes file", scenes_file, damaged, read_clevr, False), ("scenes file, odd", scenes_file, odd_json, read_clevr, False),
+             ("npz", folder / "weights.npz", damaged, lambda: sa.read_npz(folder / "weights.npz"), True),
              *((f"TF {path.suffix}", path, damaged, lambda: sa.read_tf_checkpoint(folder / "tf/ckpt"), True)
                for path in sorted((folder / "tf").iterdir()))]
     whole = {kind: read() for kind, _, _, read, _ in kinds}
