@@ -239,7 +239,8 @@ def masked_crc32c(buffer, width=1024):
 
 def zeros_appended(operator, crc):
     """Checksums [n] after bytes of zeros, from an operator [32]: what becomes of each bit."""
-    return np.bitwise_xor.reduce(np.where(crc[:, None] >> np.arange(32, dtype=np.uint32) & 1, operator, np.uint32(0)), axis=1)
+    bits = crc[:, None] >> np.arange(32, dtype=np.uint32) & 1
+    return np.bitwise_xor.reduce(np.where(bits, operator, np.uint32(0)), axis=1)
 
 
 @functools.cache
@@ -310,8 +311,10 @@ def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects
                 number = -1
                 for number, scene in enumerate(json.loads(file.read_bytes())["scenes"]):
                     objects = scene["objects"]
-                    factors = {key: [0] + [names.index(o[key]) + 1 for o in objects] for key, names in CLEVR_CODES.items()}
-                    factors.update({axis: [0] + [0.0 + o["3d_coords"][i] for o in objects] for i, axis in enumerate("xyz")})
+                    factors = {key: [0] + [names.index(o[key]) + 1 for o in objects]
+                               for key, names in CLEVR_CODES.items()}
+                    factors.update({axis: [0] + [0.0 + o["3d_coords"][i] for o in objects]
+                                    for i, axis in enumerate("xyz")})
                     path = folder / "images" / file.name.split("_")[1] / Path(scene["image_filename"]).name
                     yield path, clevr_target({key: np.array(values) for key, values in factors.items()})
                 if number < 0:
@@ -326,7 +329,8 @@ def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects
                 "objects": target[:, 18].sum(keepdims=True).astype(np.uint8), "target": target[None]}
 
     stamps = [stamp(file) for file in files]
-    arrays = cached(root / "cache" / f"clevr_v1-{resolution}", [str(folder), *stamps, resolution, crop], read_scenes(), prepare)
+    arrays = cached(root / "cache" / f"clevr_v1-{resolution}", [str(folder), *stamps, resolution, crop],
+                    read_scenes(), prepare)
     objects = arrays.pop("objects")
     return Scenes(**arrays, index=choose(objects, split, DATA["clevr"][1], count, min_objects, max_objects))
 
@@ -335,7 +339,8 @@ def read_png(path):
     """One of CLEVR_v1.0's pictures -> [320, 480, 3] uint8, without the alpha channel."""
     try:
         content, pos = path.read_bytes(), 8
-        if tuple(int.from_bytes(content[i:i + 4], "big") for i in (20, 16)) not in CLEVR_CROP:  # before memory is taken for it
+        size = tuple(int.from_bytes(content[i:i + 4], "big") for i in (20, 16))
+        if size not in CLEVR_CROP:  # before memory is taken for it
             raise ValueError("it is no PNG of 480 x 320 pixels")
         while pos < len(content):  # PIL leaves out the checksums of the pixels
             end = pos + 12 + int.from_bytes(content[pos:pos + 4], "big")
@@ -477,7 +482,8 @@ def write_cache(folder, jobs, prepare):
             file.close()
     if count == 0:
         raise ValueError("no scene has so many objects (--min-objects, --max-objects)")
-    meta = json.dumps({key: [dtype, [count, *shape], checksums(folder / f"{key}.bin")] for key, (dtype, shape) in meta.items()})
+    meta = json.dumps({key: [dtype, [count, *shape], checksums(folder / f"{key}.bin")]
+                       for key, (dtype, shape) in meta.items()})
     (folder / "meta.json").write_text(f"{meta}\n{zlib.crc32(meta.encode())}\n")
     say(f"\r{count:,} scenes in {time.time() - start:.0f} s")
 

@@ -103,10 +103,11 @@ SMALL = {  # and with --small, for minutes on a CPU
     "set_prediction": {"clevr": QUICK_SETS, "clevr_like": QUICK_SETS},
 }
 MODEL_KEYS = list(RECIPE)[:13]
-EVAL_KEYS = ("num_slots", "num_iterations", "resolution", "min_objects", "max_objects", "eval_count", "batch_size")  # --eval's
-LARGEST = {**dict.fromkeys(MODEL_KEYS, 1_024), "resolution": 2_048, "decoder_kernel": 15, "pixel_shuffle": 32, "min_objects": 10,
-           "max_objects": 10, "train_count": 1_000_000, "eval_count": 1_000_000, "batch_size": 100_000, "decay_rate": 1.0,
-           "beta2": 0.999999, "slot_loss": 1.0}  # no sensible value is larger, but a typing error or a damaged file's may be
+# What may be typed with --eval; and the largest values that make sense: a typing error or a damaged file has larger ones.
+EVAL_KEYS = ("num_slots", "num_iterations", "resolution", "min_objects", "max_objects", "eval_count", "batch_size")
+LARGEST = {**dict.fromkeys(MODEL_KEYS, 1_024), "resolution": 2_048, "decoder_kernel": 15, "pixel_shuffle": 32,
+           "min_objects": 10, "max_objects": 10, "train_count": 1_000_000, "eval_count": 1_000_000,
+           "batch_size": 100_000, "decay_rate": 1.0, "beta2": 0.999999, "slot_loss": 1.0}
 DTYPES = ("auto", "float32", "bfloat16")
 RUNTIME = {  # how a run is computed, not what; a resumed run keeps it
     "data_root": ("data", "where the real files are"),
@@ -348,7 +349,7 @@ def compute_loss(output, batch, slot_loss=0.0):
 def evaluate(model, config, scenes, device, dtype, num_iterations=None):
     """-> {"eval_loss", and "ari": mean FG-ARI where there are masks, or "ap": {threshold: AP}} over a whole split, each
     process a stretch of it."""
-    parts = {"eval_loss": [], "ari": [], "slot_shares": [], "predictions": [], "targets": []}  # each [n] or [n, ...]: a value per scene
+    parts = {key: [] for key in ("eval_loss", "slot_shares", "ari", "predictions", "targets")}  # each: a value per scene
     generator = torch.Generator().manual_seed(0)  # the same noise at every evaluation
     slots_noise = torch.randn(len(scenes), config["num_slots"], config["slot_dim"], generator=generator)
     own = torch.arange(len(scenes)).tensor_split(WORLD_SIZE)[RANK]
@@ -360,8 +361,8 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
             parts["predictions"].append(output.predictions)
             parts["targets"].append(batch["target"])
             continue
-        shares = output.masks.mean(dim=(2, 3, 4)).sort(dim=1, descending=True).values         # [B, K]; slots have no order
-        parts["slot_shares"].append(shares)
+        shares = output.masks.mean(dim=(2, 3, 4))                             # [B, K]; slots have no order: sort them
+        parts["slot_shares"].append(shares.sort(dim=1, descending=True).values)
         if "label" in batch:
             true_mask = F.one_hot(batch["label"].flatten(1).long(), 11)[..., 1:]  # [B, P, 10]: without the background
             parts["ari"].append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
@@ -385,8 +386,12 @@ def describe(result):
     """An evaluation as people read it. The slots' shares of the pictures, from the largest in each to the smallest, show
     a failed run: all alike, or one has all."""
     names = {"eval_loss": "held-out loss", "ari": "FG-ARI", "slot_shares": "slots %", "ap": "AP % at inf/1/.5/.25/.125"}
-    return "  ".join(f"{names[key]} " + (f"{value:.4f}" if isinstance(value, float) else "/".join(
-        f"{100 * part:.1f}" for part in (value.values() if isinstance(value, dict) else value))) for key, value in result.items())
+
+    def show(value):
+        many = value.values() if isinstance(value, dict) else value
+        return f"{value:.4f}" if isinstance(value, float) else "/".join(f"{100 * part:.1f}" for part in many)
+
+    return "  ".join(f"{names[key]} {show(value)}" for key, value in result.items())
 
 
 def train_step(model, forward, optimizer, parts, config, step, dtype):
@@ -498,7 +503,8 @@ def read_log(content):
     for line in content.splitlines(keepends=True):
         try:
             row = json.loads(line)
-            if not (line.endswith(b"\n") and valid(row["step"], 0) and valid(row["loss"], 0.0) and valid(row["seconds"], 0.0)):
+            good = valid(row["step"], 0) and valid(row["loss"], 0.0) and valid(row["seconds"], 0.0)
+            if not (good and line.endswith(b"\n")):
                 return
         except (ValueError, KeyError, TypeError):
             return
@@ -647,12 +653,18 @@ def valid(value, example, largest=None):
 
 def parse_value(example, largest=None):
     """The parser of a flag, from its default and its largest value."""
+    kind = "a whole number" if isinstance(example, int) else "a number"
+    kind = "whole numbers from 1 to 16, such as 1,2,2,1" if isinstance(example, tuple) else f"{kind} that makes sense here"
+    kind += f" ({largest:,} at most)" if largest and not isinstance(example, tuple) else ""
+
     def parse(text):
-        value = tuple(int(part) for part in text.split(",")) if isinstance(example, tuple) else type(example)(text)
+        try:
+            value = tuple(int(part) for part in text.split(",")) if isinstance(example, tuple) else type(example)(text)
+        except ValueError:
+            value = None
         if not valid(value, example, largest):
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind}")
         return value
-    parse.__name__ = ("number" if not isinstance(example, tuple) else "list of numbers") + " (of a range that makes sense) as"
     return parse
 
 
@@ -662,8 +674,8 @@ def check_config(config):
         if not valid(config.get(key, example), example, LARGEST.get(key)):
             raise ValueError(f"{key} cannot be {str(config[key])[:50]!r}")
     task, name, low, high = (config[key] for key in ("task", "data", "min_objects", "max_objects"))
-    if name not in EXPERIMENTS.get(task, ()) or config["crop"] not in ("paper", "official", "none") or not valid(config["seed"], 0) or (
-            config.get("dtype", "auto") not in DTYPES):
+    if not (name in EXPERIMENTS.get(task, ()) and config["crop"] in ("paper", "official", "none")
+            and valid(config["seed"], 0) and config.get("dtype", "auto") in DTYPES):
         raise ValueError("its task, data, crop, seed or dtype is none that there is")
     if low > high or (name == "clevr_like" and high < 3):
         raise ValueError(f"--min-objects {low} --max-objects {high} leaves no scene" + " (CLEVR's have 3 or more)" * (low <= high))
@@ -698,7 +710,8 @@ def make_parser():
 def check_flags(args):
     """Raises ValueError for flags that are at odds."""
     mode = next((mode for mode in ("benchmark", "resume", "eval", "seeds") if vars(args)[mode]), None)
-    odd = {"benchmark": ("resume", "eval", "seeds", "out"), "resume": ("eval", "seeds", "out", "seed", "small", "task", "official_crop"),
+    odd = {"benchmark": ("resume", "eval", "seeds", "out"),
+           "resume": ("eval", "seeds", "out", "seed", "small", "task", "official_crop"),
            "eval": ("seeds", "out", "seed", "small", "task", "official_crop", "log_every", "compile",
                     *(key for key in RECIPE if key not in EVAL_KEYS)),
            "seeds": ("seed",), None: ()}[mode]
