@@ -1340,7 +1340,7 @@ def kill_anywhere(folder, kills, seed=0):
             if status == 0:
                 break
             fell[kind] += 1
-            if (out / "checkpoint.pt").exists():
+            if kind == "cache" or (out / "checkpoint.pt").exists():  # it is written before the cache
                 train.load_checkpoint(out)
         ours = train.load_checkpoint(out)
         for part in ("model", "optimizer"):
