@@ -883,6 +883,20 @@ def refused(capsys, main, flags):
     return lines[0]
 
 
+def test_shipped_weights_take_scenes_apart_that_they_never_saw():
+    scenes = data.make_clevr_like(8, 12345, 64, max_objects=6)
+    held_out = data.Scenes(scenes["image"], scenes["mask"].argmax(1).astype(np.uint8))
+    checkpoint = train.load_checkpoint(ASSETS / "clevr_like.pt")
+    model = train.load_model(checkpoint, "clevr_like.pt")
+    assert train.evaluate(model, checkpoint["config"], held_out, torch.device("cpu"), torch.float32)["ari"] > 0.8
+    scenes = data.make_clevr_like(16, 12345, 128, crop=False)
+    target = np.stack([data.clevr_target({key: scenes[key][i] for key in scenes}) for i in range(16)])
+    checkpoint = train.load_checkpoint(ASSETS / "set_prediction.pt")
+    model = train.load_model(checkpoint, "set_prediction.pt")
+    held_out = data.Scenes(scenes["image"], target=target)
+    assert train.evaluate(model, checkpoint["config"], held_out, torch.device("cpu"), torch.float32)["ap"]["inf"] > 0.5
+
+
 def test_every_experiment_has_a_small_recipe():
     for task, table in train.EXPERIMENTS.items():
         for name in table:
