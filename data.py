@@ -102,7 +102,8 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
                     "objects": np.uint8([round(float(scene["visibility"].sum())) - 1]),  # it counts the background
                     **({"target": clevr_target(scene)[None]} if name == "clevr" else {})}
         except (ValueError, KeyError, IndexError, OverflowError) as error:
-            raise ValueError(f"{file}, record {number}: damaged or not {stem} ({error!r}); get the file again") from None
+            raise ValueError(f"{file}, record {number}: damaged or not {stem} ({error!r}); get the file again"
+                             ) from None
 
     limit = None if name == "clevr" else train_count + 5_000  # the two others have a million
     arrays = cached(root / "cache" / f"{name}-{resolution}", [str(file), stamp(file), resolution, crop],
@@ -168,7 +169,8 @@ def read_tfrecords(path, name, limit=None):
                 yield scene
                 number += 1
     except (ValueError, KeyError, IndexError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, record {number}: damaged, cut short or not {name} ({error}); get the file again") from None
+        raise ValueError(f"{path}, record {number}: damaged, cut short or not {name} ({error}); get the file again"
+                         ) from None
     if number == 0:
         raise ValueError(f"{path} holds no record; get the file again")
 
@@ -266,7 +268,7 @@ CLEVR_CODES = {"size": ["large", "small"], "material": ["rubber", "metal"], "sha
 # The order inside the set prediction's targets, the official code's (from TensorFlow Datasets).
 CLEVR_TARGETS = {"size": ["small", "large"], "material": ["rubber", "metal"], "shape": ["cube", "sphere", "cylinder"],
                  "color": ["gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"]}
-# Rows and columns of the central square, by the picture's size: the paper's, and the physically equal one of CLEVR_v1.0.
+# Rows and columns of the central square by the picture's size: the paper's; the physically equal one of CLEVR_v1.0.
 CLEVR_CROP = {(240, 320): (29, 221, 64, 256), (320, 480): (24, 312, 96, 384)}
 
 
@@ -515,7 +517,8 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
     def prepare(start):
         number = min(size, count - start)
         if name == "clevr_like":
-            scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects, crop != "none", device)
+            scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects, crop != "none",
+                                     device)
             target = {"target": np.stack([clevr_target({k: v[i] for k, v in scenes.items()}) for i in range(number)])}
         else:
             scenes, target = make_multi_dsprites(number, (seed, start)), {}

@@ -45,8 +45,8 @@ class Conv2dSame(nn.Conv2d):
 class ConvTranspose2dSame(nn.ConvTranspose2d):
     """ConvTranspose2d aligned as in TensorFlow "SAME": [B, C_in, H, W] -> [B, C_out, stride * H, stride * W].
     PyTorch's usual `padding=2, output_padding=1` (5x5, stride 2) gives the same map shifted by one pixel.
-    Where the size asks for an odd padding, a row and column of zeros before the kernel make it even: cheaper than to cut
-    the output. The bias is added apart since its gradient inside the layer takes longer than all the rest (oneDNN)."""
+    Where the size asks for an odd padding, a row and column of zeros before the kernel make it even: cheaper than to
+    cut the output. The bias is added apart since its gradient inside the layer takes longer than all the rest (oneDNN)."""
 
     def forward(self, x):
         odd = (self.kernel_size[0] - self.stride[0]) % 2
