@@ -106,7 +106,7 @@ def keras_init(module):
         limit = math.sqrt(6 / (1 + module.dim))  # Glorot of a [1, 1, D] variable, with Keras' fans 1 and D
         nn.init.uniform_(module.slots_mu, -limit, limit)
         nn.init.uniform_(module.slots_log_sigma, -limit, limit)
-        if module.slots_mu.shape[1] > 1:  # learned queries differ by more than the noise, or they never part
+        if module.slots_mu.shape[1] > 1:  # learned queries start apart, by more than the noise
             nn.init.normal_(module.slots_mu)
             nn.init.constant_(module.slots_log_sigma, -1)
 
@@ -153,7 +153,7 @@ class SlotAttention(nn.Module):
 
     def init_slots(self, noise):
         """Standard normal noise [B, K, D] -> initial slots [B, K, D] ~ N(mu, sigma)."""
-        mu = self.slots_mu[:, torch.arange(noise.shape[1]) % self.slots_mu.shape[1]]
+        mu = self.slots_mu.repeat(1, math.ceil(noise.shape[1] / self.slots_mu.shape[1]), 1)[:, :noise.shape[1]]
         return mu + self.slots_log_sigma.exp() * noise
 
     def iterate(self, slots, k, v):
