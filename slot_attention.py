@@ -6,7 +6,8 @@ Section, equation and algorithm numbers below are those of the paper. Shapes are
     B  images in a batch        N  input features (pixels of the encoder's map)    D  slot size
     K  slots                    T  iterations of attention                        H, W  image (h, w: feature map) size
 
-Contents: layers, SlotAttention (Algorithm 1), the two models (2.2, 2.3), losses and metrics, the official weights.
+Contents: SlotAttention (Algorithm 1), the two models (2.2, 2.3), the layers they are made of, losses and metrics, the
+official weights.
 """
 
 import functools
@@ -22,97 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers as Keras has them. PyTorch's defaults differ in padding, initialisation and epsilon: the usual way for a port
-# to be silently wrong.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Conv2dSame(nn.Conv2d):
-    """Conv2d with TensorFlow's "SAME" padding: the output has ceil(size / stride) rows and columns. At stride 2 the odd
-    pixel of padding goes below and to the right. [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]."""
-
-    def forward(self, x):
-        pads = []
-        for size, k, s in zip(x.shape[-2:], self.kernel_size, self.stride):
-            total = max((math.ceil(size / s) - 1) * s + k - size, 0)
-            pads.append((total // 2, total - total // 2))
-        (top, bottom), (left, right) = pads
-        if (top, left) != (bottom, right):
-            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
-        return F.conv2d(x, self.weight, self.bias, self.stride, (top, left))
-
-
-class ConvTranspose2dSame(nn.ConvTranspose2d):
-    """ConvTranspose2d aligned as in TensorFlow "SAME": [B, C_in, H, W] -> [B, C_out, stride * H, stride * W].
-    PyTorch's usual `padding=2, output_padding=1` (5x5, stride 2) gives the same map shifted by one pixel.
-    Where the size asks for an odd padding, a row and column of zeros before the kernel make it even: cheaper than to
-    cut the output. The bias is added apart since its gradient inside the layer takes longer than all the rest (oneDNN)."""
-
-    def forward(self, x):
-        odd = (self.kernel_size[0] - self.stride[0]) % 2
-        weight = F.pad(self.weight, (odd, 0, odd, 0)) if odd else self.weight
-        x = F.conv_transpose2d(x, weight, None, self.stride, padding=(weight.shape[-1] - self.stride[0]) // 2)
-        return x + self.bias.to(x.dtype).view(-1, 1, 1)
-
-
-class SoftPositionEmbed(nn.Module):
-    """Adds a learned linear map of each position's distances to the four borders (appendix E).
-
-    x [B, h, w, C] -> [B, h, w, C]"""
-
-    def __init__(self, hidden_size, resolution):
-        super().__init__()
-        self.dense = nn.Linear(4, hidden_size)
-        self.register_buffer("grid", build_grid(resolution), persistent=False)
-
-    def forward(self, x):
-        return x + self.dense(self.grid).to(x.dtype)
-
-
-def build_grid(resolution):
-    """(h, w) -> [1, h, w, 4]: row, column, 1 - row, 1 - column, each from 0 to 1 inclusive."""
-    rows, cols = torch.meshgrid(*(torch.linspace(0, 1, size) for size in resolution), indexing="ij")
-    grid = torch.stack([rows, cols], dim=-1)
-    return torch.cat([grid, 1 - grid], dim=-1)[None]
-
-
-def check_sizes(**sizes):
-    """Raises ValueError unless every size is a positive whole number, or a tuple of them."""
-    for name, size in sizes.items():
-        if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, (tuple, list)) else (size,))):
-            raise ValueError(f"{name} must be positive, in whole numbers; got {size}")
-
-
-def layer_norm(dim):
-    return nn.LayerNorm(dim, eps=1e-3)  # Keras' epsilon
-
-
-def mlp(dim_in, dim_hidden, dim_out):
-    return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.ReLU(), nn.Linear(dim_hidden, dim_out))
-
-
-def keras_init(module):
-    """Keras' default initialisation, for `Module.apply`: Glorot-uniform, recurrent kernels orthogonal, biases 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.GRUCell):
-        nn.init.xavier_uniform_(module.weight_ih)  # over the three gates as one matrix
-        nn.init.orthogonal_(module.weight_hh)
-        nn.init.zeros_(module.bias_ih)
-        nn.init.zeros_(module.bias_hh)
-    elif isinstance(module, SlotAttention):
-        limit = math.sqrt(6 / (1 + module.dim))  # Glorot of a [1, 1, D] variable, with Keras' fans 1 and D
-        nn.init.uniform_(module.slots_mu, -limit, limit)
-        nn.init.uniform_(module.slots_log_sigma, -limit, limit)
-        if module.slots_mu.shape[1] > 1:  # learned queries start apart, by more than the noise
-            nn.init.normal_(module.slots_mu)
-            nn.init.constant_(module.slots_log_sigma, -1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Slot Attention
+# Slot Attention (section 2.1)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +101,7 @@ class SlotAttention(nn.Module):
                     for _ in range(num_iterations):
                         slots, attn = self.iterate(slots, k, v)
                         attns.append(attn)
-                slots = slots + (init - init.detach())
+                slots = slots + (init - init.detach())                        # straight through
                 num_iterations = 1
             for _ in range(num_iterations):
                 slots, attn = self.iterate(slots, k, v)
@@ -362,6 +273,96 @@ class SlotAttentionClassifier(nn.Module):
         slots, attn = self.slot_attention(x, slots, num_slots, num_iterations)
         predictions = self.mlp_classifier(slots).to(slots.dtype).sigmoid()            # [B, K, 19]
         return SetPrediction(predictions, slots, attn.unflatten(-1, self.encoder.resolution))
+
+
+def check_sizes(**sizes):
+    """Raises ValueError unless every size is a positive whole number, or a tuple of them."""
+    for name, size in sizes.items():
+        if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, (tuple, list)) else (size,))):
+            raise ValueError(f"{name} must be positive, in whole numbers; got {size}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers as Keras has them. PyTorch's defaults differ in padding, initialisation and epsilon: the usual way for a port
+# to be silently wrong.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Conv2dSame(nn.Conv2d):
+    """Conv2d with TensorFlow's "SAME" padding: the output has ceil(size / stride) rows and columns. At stride 2 the odd
+    pixel of padding goes below and to the right. [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]."""
+
+    def forward(self, x):
+        pads = []
+        for size, k, s in zip(x.shape[-2:], self.kernel_size, self.stride):
+            total = max((math.ceil(size / s) - 1) * s + k - size, 0)
+            pads.append((total // 2, total - total // 2))
+        (top, bottom), (left, right) = pads
+        if (top, left) != (bottom, right):
+            x, top, left = F.pad(x, (left, right, top, bottom)), 0, 0
+        return F.conv2d(x, self.weight, self.bias, self.stride, (top, left))
+
+
+class ConvTranspose2dSame(nn.ConvTranspose2d):
+    """ConvTranspose2d aligned as in TensorFlow "SAME": [B, C_in, H, W] -> [B, C_out, stride * H, stride * W].
+    PyTorch's usual `padding=2, output_padding=1` (5x5, stride 2) gives the same map shifted by one pixel.
+    Where the size asks for an odd padding, a row and column of zeros before the kernel make it even: cheaper than to
+    cut the output. The bias is added apart: its gradient inside the layer takes longer than all the rest (oneDNN)."""
+
+    def forward(self, x):
+        odd = (self.kernel_size[0] - self.stride[0]) % 2
+        weight = F.pad(self.weight, (odd, 0, odd, 0)) if odd else self.weight
+        x = F.conv_transpose2d(x, weight, None, self.stride, padding=(weight.shape[-1] - self.stride[0]) // 2)
+        return x + self.bias.to(x.dtype).view(-1, 1, 1)
+
+
+class SoftPositionEmbed(nn.Module):
+    """Adds a learned linear map of each position's distances to the four borders (appendix E).
+
+    x [B, h, w, C] -> [B, h, w, C]"""
+
+    def __init__(self, hidden_size, resolution):
+        super().__init__()
+        self.dense = nn.Linear(4, hidden_size)
+        self.register_buffer("grid", build_grid(resolution), persistent=False)
+
+    def forward(self, x):
+        return x + self.dense(self.grid).to(x.dtype)
+
+
+def build_grid(resolution):
+    """(h, w) -> [1, h, w, 4]: row, column, 1 - row, 1 - column, each from 0 to 1 inclusive."""
+    rows, cols = torch.meshgrid(*(torch.linspace(0, 1, size) for size in resolution), indexing="ij")
+    grid = torch.stack([rows, cols], dim=-1)
+    return torch.cat([grid, 1 - grid], dim=-1)[None]
+
+
+def layer_norm(dim):
+    return nn.LayerNorm(dim, eps=1e-3)  # Keras' epsilon
+
+
+def mlp(dim_in, dim_hidden, dim_out):
+    return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.ReLU(), nn.Linear(dim_hidden, dim_out))
+
+
+def keras_init(module):
+    """Keras' default initialisation, for `Module.apply`: Glorot-uniform, recurrent kernels orthogonal, biases 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.GRUCell):
+        nn.init.xavier_uniform_(module.weight_ih)  # over the three gates as one matrix
+        nn.init.orthogonal_(module.weight_hh)
+        nn.init.zeros_(module.bias_ih)
+        nn.init.zeros_(module.bias_hh)
+    elif isinstance(module, SlotAttention):
+        limit = math.sqrt(6 / (1 + module.dim))  # Glorot of a [1, 1, D] variable, with Keras' fans 1 and D
+        nn.init.uniform_(module.slots_mu, -limit, limit)
+        nn.init.uniform_(module.slots_log_sigma, -limit, limit)
+        if module.slots_mu.shape[1] > 1:  # learned queries start apart, by more than the noise
+            nn.init.normal_(module.slots_mu)
+            nn.init.constant_(module.slots_log_sigma, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -552,31 +553,24 @@ def read_tf_checkpoint(prefix):
         return buffer
 
     def block(offset, size):
-        """The (key, value) pairs of one block: each key is stored as what differs from the key before."""
+        """The (key, value) pairs of one block: of each key what differs from the key before is stored."""
         buffer = checked(index[offset:offset + size + 1], index[offset + size + 1:offset + size + 5], "a block")
         if buffer[-1] != 0:
             raise ValueError("its blocks are compressed, which this reader does not know")
         pos, key, end = 0, b"", size - 4 - 4 * int.from_bytes(buffer[size - 4:size], "little")
         while pos < end:
-            shared, pos = varint(buffer, pos)
-            unshared, pos = varint(buffer, pos)
-            length, pos = varint(buffer, pos)
+            (shared, unshared, length), pos = varints(buffer, 3, pos)
             key = key[:shared] + buffer[pos:pos + unshared]
             yield key.decode(), buffer[pos + unshared:pos + unshared + length]
             pos += unshared + length
-
-    def handle(buffer, pos=0):
-        offset, pos = varint(buffer, pos)
-        size, pos = varint(buffer, pos)
-        return offset, size, pos
 
     arrays = {}
     try:
         if len(index) < 48 or index[-8:] != bytes.fromhex("57fb808b247547db"):
             raise ValueError("it is not a TensorFlow checkpoint's index, or is cut short")
-        footer = index[-48:]
-        for _, value in block(*handle(footer, handle(footer)[2])[:2]):        # the index block, after the metaindex
-            for key, value in block(*handle(value)[:2]):
+        places, _ = varints(index[-48:], 4)                                   # the metaindex block's, the index block's
+        for _, place in block(*places[2:]):
+            for key, value in block(*varints(place, 2)[0]):
                 entry = protobuf(value)
                 if key and entry.get(1) == [1]:                               # "" is the header; dtype 1 is float32
                     shape = [protobuf(dim).get(1, [0])[0] for dim in protobuf(entry[2][0]).get(2, [])]
@@ -588,27 +582,32 @@ def read_tf_checkpoint(prefix):
     return arrays
 
 
-def varint(buffer, pos):
-    """A protobuf variable-length number -> (number, position after it)."""
-    number = shift = 0
-    while shift < 70:  # ten bytes make 64 bits
-        byte = buffer[pos]
-        number |= (byte & 127) << shift
-        pos, shift = pos + 1, shift + 7
-        if byte < 128:
-            return number, pos
-    raise ValueError("a number has no end")
+def varints(buffer, count, pos=0):
+    """So many of protobuf's variable-length numbers, from a position on -> [numbers], the position after them."""
+    numbers = []
+    for _ in range(count):
+        number = shift = 0
+        while shift < 70:  # ten bytes make 64 bits
+            byte = buffer[pos]
+            number |= (byte & 127) << shift
+            pos, shift = pos + 1, shift + 7
+            if byte < 128:
+                break
+        else:
+            raise ValueError("a number has no end")
+        numbers.append(number)
+    return numbers, pos
 
 
 def protobuf(buffer):
     """A protobuf message -> {field: [values]}: numbers, or bytes still to be decoded."""
     fields, pos = {}, 0
     while pos < len(buffer):
-        tag, pos = varint(buffer, pos)
+        (tag,), pos = varints(buffer, 1, pos)
         if tag & 7 == 0:
-            value, pos = varint(buffer, pos)
+            (value,), pos = varints(buffer, 1, pos)
         else:
-            length, pos = varint(buffer, pos) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], pos)
+            (length,), pos = varints(buffer, 1, pos) if tag & 7 == 2 else (({1: 8, 5: 4}[tag & 7],), pos)
             value, pos = buffer[pos:pos + length], pos + length
         fields.setdefault(tag >> 3, []).append(value)
     return fields
@@ -624,3 +623,4 @@ def crc32c(buffer):
 CRC_TABLE = list(range(256))
 for _ in range(8):
     CRC_TABLE = [crc >> 1 ^ 0x82F63B78 * (crc & 1) for crc in CRC_TABLE]
+

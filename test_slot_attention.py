@@ -57,7 +57,8 @@ def official_shape(name):
     if last in ("slots_mu", "slots_log_sigma"):
         return 1, 1, 64
     kernels = {"encoder_cnn/layer_with_weights-0": (5, 5, 3, 64), "decoder_cnn/layer_with_weights-5": (3, 3, 4, 64),
-               "slot_attention/mlp/layer_with_weights-0": (64, 128), "slot_attention/mlp/layer_with_weights-1": (128, 64),
+               "slot_attention/mlp/layer_with_weights-0": (64, 128),
+               "slot_attention/mlp/layer_with_weights-1": (128, 64),
                "mlp_classifier/layer_with_weights-1": (64, 19), "slot_attention/gru": (64, 192)}
     kernel = kernels.get(layer) or ((5, 5, 64, 64) if "cnn" in layer else (4, 64) if "pos" in layer else (64, 64))
     if last in ("kernel", "recurrent_kernel"):
@@ -93,7 +94,8 @@ def gradient_norms(model, names):
     """The L2 norm of each official variable's gradient: its parameters here are found by loading the names' numbers."""
     ours = {}
     marked = type(model)(128, model.slot_attention.num_slots)
-    sa.load_official_weights(marked, {name: np.full(official_shape(name), i, np.float32) for i, name in enumerate(names)})
+    sa.load_official_weights(marked,
+                             {name: np.full(official_shape(name), i, np.float32) for i, name in enumerate(names)})
     for (_, parameter), mark in zip(model.named_parameters(), marked.parameters()):
         i = int(mark.flatten()[0])
         ours[i] = ours.get(i, 0) + parameter.grad.double().square().sum().item()
@@ -121,7 +123,8 @@ def test_autoencoder_equals_official():
     np.testing.assert_allclose(output.slots.detach(), case["slots"], atol=3e-5)
     np.testing.assert_allclose(output.masks.detach().movedim(2, -1)[:, :, ::8, ::8], case["masks"], atol=1e-5)
     np.testing.assert_allclose(output.recons.detach().movedim(2, -1)[:, :, ::16, ::16], case["recons"], atol=1e-4)
-    np.testing.assert_allclose(output.recon_combined.detach().movedim(1, -1)[:, ::8, ::8], case["recon_combined"], atol=1e-4)
+    np.testing.assert_allclose(output.recon_combined.detach().movedim(1, -1)[:, ::8, ::8], case["recon_combined"],
+                               atol=1e-4)
     np.testing.assert_allclose(loss.item(), case["loss"], rtol=1e-6)
     check_gradients(model, case)
 
@@ -139,7 +142,8 @@ def test_classifier_equals_official():
     check_gradients(model, case)
 
 
-@pytest.mark.parametrize("name", sorted({key.split("/")[1] for key in GOLDEN.files if key.startswith("units/")} - {"grid"}))
+@pytest.mark.parametrize("name",
+                         sorted({key.split("/")[1] for key in GOLDEN.files if key.startswith("units/")} - {"grid"}))
 def test_layers_equal_tensorflow(name):
     case = golden(f"units/{name}")
     kind, k, stride = name.split("_")[0], int(name.split("_")[1][1:]), int(name.split("_")[2][1:])
@@ -298,7 +302,8 @@ def test_implicit_is_one_more_iteration_with_gradient():
     inputs, init = torch.randn(2, 30, 16).double(), torch.randn(2, 5, 16).double()
     unrolled, _ = module(inputs, slots=init, num_iterations=4)
     before, _ = module(inputs, slots=init)
-    expected = torch.autograd.grad(module(inputs, slots=before.detach(), num_iterations=1)[0].sum(), module.gru.weight_ih)
+    expected = torch.autograd.grad(module(inputs, slots=before.detach(), num_iterations=1)[0].sum(),
+                                   module.gru.weight_ih)
     module.implicit = True
     slots, attn = module(inputs, slots=init)
     torch.testing.assert_close(slots, unrolled)
@@ -332,16 +337,19 @@ def test_first_decoder_layer_taken_apart_is_the_same(resolution, kernel):
     torch.nn.init.normal_(decoder.cnn[0].bias)
     slots = torch.randn(3, 8).double().requires_grad_()
     fast = decoder.first_layer(slots)
-    plain = decoder.cnn[0](decoder.pos(slots[:, None, None].expand(-1, resolution, resolution + 2, -1)).permute(0, 3, 1, 2))
+    copies = slots[:, None, None].expand(-1, resolution, resolution + 2, -1)
+    plain = decoder.cnn[0](decoder.pos(copies).permute(0, 3, 1, 2))
     torch.testing.assert_close(fast, plain)
     weight = torch.randn_like(plain)
     inputs = [slots, *decoder.cnn[0].parameters(), *decoder.pos.parameters()]
-    for a, b in zip(torch.autograd.grad((fast * weight).sum(), inputs), torch.autograd.grad((plain * weight).sum(), inputs)):
+    for a, b in zip(torch.autograd.grad((fast * weight).sum(), inputs),
+                    torch.autograd.grad((plain * weight).sum(), inputs)):
         torch.testing.assert_close(a, b)
 
 
 def test_constructor_refuses_sizes_that_make_no_model():
-    for bad in (dict(resolution=0), dict(num_slots=0), dict(slot_dim=-1), dict(decoder_strides=(2, 0)), dict(decoder_kernel=4),
+    for bad in (dict(resolution=0), dict(num_slots=0), dict(slot_dim=-1), dict(decoder_strides=(2, 0)),
+                dict(decoder_kernel=4),
                 dict(decoder_kernel=1), dict(encoder_channels=1.5)):
         with pytest.raises(ValueError, match="must be"):
             sa.SlotAttentionAutoEncoder(**{"resolution": 32, "num_slots": 4, **bad})
@@ -357,7 +365,8 @@ def test_ari_equals_official(case):
     """Where the official code gives NaN, ours gives 1; masks of 0/255 score as those of 0/1."""
     true, pred, score = (torch.from_numpy(GOLDEN[f"ari/{case}/{key}"]) for key in ("true", "pred", "score"))
     if case.endswith("mask255"):
-        score = torch.from_numpy(GOLDEN[f"ari/{case.removesuffix('_mask255') + ('_mask01' if 'small' in case else '')}/score"])
+        name = case.removesuffix("_mask255") + ("_mask01" if "small" in case else "")
+        score = torch.from_numpy(GOLDEN[f"ari/{name}/score"])
     torch.testing.assert_close(sa.adjusted_rand_index(true, pred), score.nan_to_num(1.0), rtol=0, atol=1e-5)
 
 
@@ -457,13 +466,13 @@ def test_damaged_tfrecords_are_refused(tmp_path, name):
         flipped = bytearray(raw)
         flipped[rng.integers(12)] ^= 1 << rng.integers(8)  # a length, or its checksum
         refused(gzip.compress(bytes(flipped), 1), record=0)
-        flipped = bytearray(raw)
-        flipped[rng.integers(12, 20_000)] ^= 1 << rng.integers(8)  # the content: a whole file's checksum is GZIP's
-        path.write_bytes(gzip.compress(bytes(flipped), 1))
-        with pytest.raises(ValueError, match="record 0: .*checksum"):
-            list(data.read_tfrecords(path, name, limit=2))
     path.write_bytes(whole)
     assert len(list(data.read_tfrecords(path, name, limit=2))) == 2
+    flipped = bytearray(whole)
+    flipped[-8] ^= 1  # GZIP's checksum, at the end: what comes before the limit may be what is damaged
+    path.write_bytes(bytes(flipped))
+    with pytest.raises(ValueError, match="CRC"):
+        list(data.read_tfrecords(path, name, limit=2))
     other = "tetrominoes" if name != "tetrominoes" else "multi_dsprites_colored_on_colored"
     with pytest.raises(ValueError, match="not " + other):
         path.write_bytes(whole)
@@ -473,7 +482,8 @@ def test_damaged_tfrecords_are_refused(tmp_path, name):
 def test_tetrominoes_follow_the_law():
     scenes = data.make_tetrominoes(2000, 0)
     image, mask = scenes["image"], scenes["mask"]
-    assert image.shape == (2000, 35, 35, 3) and mask.shape == (2000, 4, 35, 35) and image.dtype == mask.dtype == np.uint8
+    assert image.shape == (2000, 35, 35, 3) and mask.shape == (2000, 4, 35, 35)
+    assert image.dtype == mask.dtype == np.uint8
     assert (mask.sum(1) == 1).all() and (mask[:, 1:].sum((2, 3)) == 100).all()  # whole, inside, and none over another
     assert (image[mask[:, 0] == 1] == 0).all()
     assert len({tuple(map(tuple, cells)) for cells in data.TETROMINOES}) == 19
@@ -533,7 +543,8 @@ def test_clevr_like_follows_the_law():
     assert there.sum(1).min() >= 3 and there.sum(1).max() <= 10
     for key, codes in (("size", 2), ("material", 2), ("shape", 3), ("color", 8)):
         assert set(scenes[key][:, 1:][there]) <= set(range(1, codes + 1)) and not scenes[key][:, 1:][~there].any()
-    assert np.abs(scenes["x"]).max() <= 3 and set(scenes["z"][:, 1:][there].round(2)) == {np.float32(0.7), np.float32(0.35)}
+    assert np.abs(scenes["x"]).max() <= 3
+    assert set(scenes["z"][:, 1:][there].round(2)) == {np.float32(0.7), np.float32(0.35)}
     # a small sphere's centre is where its mask is, if nothing stands before it
     rows, cols = np.arange(64)[:, None] + 0.5, np.arange(64) + 0.5
     errors = []
@@ -593,7 +604,8 @@ def clevr_v1(folder, count=12, seed=0):
     for i, image in enumerate(made["image"]):
         name = f"CLEVR_train_{i:06}.png"
         picture = F.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].float(), (320, 480)).byte()[0]
-        plt.imsave(folder / "CLEVR_v1.0/images/train" / name, picture.permute(1, 2, 0).numpy())  # RGBA, as the real ones
+        plt.imsave(folder / "CLEVR_v1.0/images/train" / name,
+                   picture.permute(1, 2, 0).numpy())  # RGBA, as the real ones
         objects = [{"3d_coords": [float(made[a][i, e]) for a in "xyz"], "rotation": 0.0, "pixel_coords": [0, 0, 0],
                     **{key: names[made[key][i, e] - 1] for key, names in data.CLEVR_CODES.items()}}
                    for e in range(1, 11) if made["visibility"][i, e]]
@@ -608,7 +620,8 @@ def test_clevr_v1_is_read(tmp_path, capsys):
     scenes = data.load("clevr", "train", root, resolution=32, crop="none")
     held_out = data.load("clevr", "eval", root, resolution=32, crop="none")
     assert len(scenes) + len(held_out) == 12 and set(scenes.index.tolist()).isdisjoint(held_out.index.tolist())
-    assert len(data.load("clevr", "train", root, resolution=32, crop="none", max_objects=6)) == (counts[:len(scenes)] <= 6).sum()
+    assert len(data.load("clevr", "train", root, resolution=32, crop="none",
+                         max_objects=6)) == (counts[:len(scenes)] <= 6).sum()
     batch = scenes.batch(torch.arange(4))
     assert batch["image"].shape == (4, 3, 32, 32) and batch["image"].is_contiguous(memory_format=torch.channels_last)
     ours = (batch["image"] / 2 + 0.5).permute(0, 2, 3, 1).numpy() * 255
@@ -618,10 +631,11 @@ def test_clevr_v1_is_read(tmp_path, capsys):
 
 
 def test_targets_have_the_official_order():
-    scene = {"size": [0, 1, 2], "material": [0, 1, 2], "shape": [0, 1, 3], "color": [0, 8, 6], "x": [0, -3, 3], "y": [0, 0, 1.5],
+    scene = {"size": [0, 1, 2], "material": [0, 1, 2], "shape": [0, 1, 3], "color": [0, 8, 6], "x": [0, -3, 3],
+             "y": [0, 0, 1.5],
              "z": [0, 0.7, 0.35]}
     target = data.clevr_target({key: np.array(values) for key, values in scene.items()})
-    #                   size small, large | rubber, metal | cube, sphere, cyl. | gray, blue, brown, yellow, red, green, purple, cyan | real
+    # size small, large | rubber, metal | cube, sphere, cylinder | gray, blue, brown, yellow, red, green, purple, cyan | real
     np.testing.assert_allclose(target[0], [0, .5, 3.7 / 6, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1], rtol=1e-6)
     np.testing.assert_allclose(target[1], [1, .75, 3.35 / 6, 1, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1], rtol=1e-6)
     assert not target[2:].any()
@@ -662,7 +676,8 @@ def test_cache_is_whole_or_not_there(tmp_path):
     data.load("multi_dsprites", "eval", root, count=3)
     file, = (root / "cache").glob("*/label.bin")
     good = file.read_bytes()
-    for bad, message in ((good[:-1], "wrong size"), (good[:5000] + bytes([good[5000] ^ 1]) + good[5001:], "checksum of label.bin")):
+    for bad, message in ((good[:-1], "wrong size"),
+                         (good[:5000] + bytes([good[5000] ^ 1]) + good[5001:], "checksum of label.bin")):
         file.write_bytes(bad)
         with pytest.raises(ValueError, match=message + ".*delete it"):
             data.load("multi_dsprites", "eval", root, count=3)
@@ -696,20 +711,12 @@ def test_two_builds_of_one_cache(tmp_path):
     assert not list((tmp_path / "cache").glob("*.part"))
 
 
-def test_vectorised_checksum():
-    rng = np.random.default_rng(0)
-    for size in (4, 5, 255, 256, 257, 515, 5000):
-        content = rng.bytes(size)
-        crc = sa.crc32c(content)
-        assert data.masked_crc32c(content, width=64) == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training, resuming, figures, bad input
 # ---------------------------------------------------------------------------------------------------------------------
 
-TINY = ("--data tetrominoes --small --train-count 64 --eval-count 8 --batch-size 8 --steps 6 --eval-every 3 --log-every 1 "
-        "--dtype float32 --device cpu --no-compile --encoder-channels 8 --decoder-channels 8 --slot-dim 8").split()
+TINY = ("--data tetrominoes --small --train-count 64 --eval-count 8 --batch-size 8 --steps 6 --eval-every 3 "
+        "--log-every 1 --dtype float32 --device cpu --no-compile --encoder-channels 8 --decoder-channels 8 --slot-dim 8").split()
 
 
 def log_of(run):
@@ -732,7 +739,8 @@ def test_training_repeats_resumes_and_draws(tmp_path, capsys):
     train.main([*TINY, "--steps", "3", "--out", str(parts)])
     with open(parts / "log.jsonl", "a") as log:  # a killed run has logged more than it saved, and half a line
         log.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')
-    train.main(["--resume", str(parts), "--steps", "6", "--device", "cpu", "--no-compile", "--dtype", "float32", "--log-every", "1"])
+    train.main(["--resume", str(parts), "--steps", "6", "--device", "cpu", "--no-compile", "--dtype", "float32",
+                "--log-every", "1"])
     assert without_times(log_of(parts)) == without_times(rows)
     weights = [train.load_checkpoint(run)["model"] for run in (whole, again, parts)]
     for name, value in weights[0].items():
@@ -749,12 +757,14 @@ def test_training_repeats_resumes_and_draws(tmp_path, capsys):
 
 
 def test_the_weights_that_come_with_the_code(tmp_path, monkeypatch, capsys):
-    """Before any run they draw Figure 3 into the current folder; they can be evaluated, but no run goes on from them."""
+    """Before any run they draw Figure 3 into the current folder; they can be evaluated, but no run goes on from
+    them."""
     monkeypatch.chdir(tmp_path)
     visualize.main([])
     assert "no run" in capsys.readouterr().err and (tmp_path / "figure.png").stat().st_size > 50_000
     assert (ASSETS / "demo.pt").stat().st_size < 1e6
-    train.main(["--eval", str(ASSETS / "demo.pt"), "--eval-count", "128", "--num-iterations", "4", "--device", "cpu", "--dtype", "float32"])
+    train.main(["--eval", str(ASSETS / "demo.pt"), "--eval-count", "128", "--num-iterations", "4", "--device", "cpu",
+                "--dtype", "float32"])
     assert float(capsys.readouterr().out.split()[-1]) > 0.9
     assert "weights only" in refused(capsys, train.main, ["--resume", str(ASSETS / "demo.pt")])
     assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
@@ -763,7 +773,8 @@ def test_the_weights_that_come_with_the_code(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_saves_first(tmp_path, number):
     out = tmp_path / "run"
-    command = [sys.executable, str(HERE / "train.py"), *TINY, "--steps", "100000", "--eval-every", "100000", "--out", str(out)]
+    command = [sys.executable, str(HERE / "train.py"), *TINY, "--steps", "100000", "--eval-every", "100000", "--out",
+               str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while time.time() < deadline and not ((out / "log.jsonl").exists() and len(log_of(out)) > 3):
@@ -792,7 +803,8 @@ def test_memory_of_the_one_step_gradient_does_not_grow():
     """The bytes that are kept for the backward pass, after 1 and 8 iterations."""
     def saved(implicit, num_iterations):
         module, kept = sa.SlotAttention(4, 16, implicit=implicit), {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.update({x.data_ptr(): x.nbytes}), x)[1], lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.update({x.data_ptr(): x.nbytes}), x)[1],
+                                                      lambda x: x):
             slots, _ = module(torch.randn(2, 100, 16), num_iterations=num_iterations)
         return sum(kept.values())
     assert saved(True, 8) == saved(True, 1)
@@ -806,7 +818,8 @@ def test_benchmark_prints_one_line(tmp_path, monkeypatch, capsys):
     least = min(line["ms"]["step"])
     assert line["ms"]["step"][0] >= least > 0 and line["peak_memory_gb"] > 0
     np.testing.assert_allclose(line["images_per_s"], 8 / line["ms"]["step"][0] * 1e3, rtol=0.02)
-    np.testing.assert_allclose(line["share_of_matmul"]["float32"], line["tflops"]["model"] / line["tflops"]["matmul_float32"],
+    np.testing.assert_allclose(line["share_of_matmul"]["float32"],
+                               line["tflops"]["model"] / line["tflops"]["float32"],
                                atol=0.02, rtol=0.1)
     assert not list(tmp_path.iterdir())
 
@@ -828,7 +841,8 @@ def test_two_processes_train_as_one_and_resume_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(visualize, "main", lambda argv: None)
     one, many = tmp_path / "one", tmp_path / "many"
     flags = [*TINY, "--eval-count", "9", "--eval-every", "10", "--accumulate", "2"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py"),
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(HERE / "train.py"),
                *flags, "--steps", "100000", "--out", str(many)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 300
@@ -840,14 +854,16 @@ def test_two_processes_train_as_one_and_resume_as_one(tmp_path, monkeypatch):
     saved = train.load_checkpoint(many)["step"]
     assert [row["step"] for row in log_of(many)] == list(range(1, saved + 1))
     last = ["--steps", str(saved + 3)]
-    train.main(["--resume", str(many), *last, "--device", "cpu", "--no-compile", "--dtype", "float32", "--log-every", "1"])
+    train.main(["--resume", str(many), *last, "--device", "cpu", "--no-compile", "--dtype", "float32", "--log-every",
+                "1"])
     train.main([*flags, *last, "--out", str(one)])
     assert len(log_of(many)) == len(log_of(one)) == saved + 3
     for a, b in zip(log_of(one), log_of(many)):
         assert a.keys() == b.keys()
         for key in ("loss", "eval_loss", "ari"):  # rounding errors grow with the steps
             tolerance = (1e-5 if a["step"] <= 20 else 1e-3) * (10 if key == "ari" else 1)
-            np.testing.assert_allclose(b.get(key, 0), a.get(key, 0), rtol=tolerance, atol=1e-6, err_msg=f"{key} {a['step']}")
+            np.testing.assert_allclose(b.get(key, 0), a.get(key, 0), rtol=tolerance, atol=1e-6,
+                                       err_msg=f"{key} {a['step']}")
 
 
 def test_world_size_must_divide_the_batch(tmp_path, capsys, monkeypatch):
@@ -858,7 +874,8 @@ def test_world_size_must_divide_the_batch(tmp_path, capsys, monkeypatch):
 
 def test_train_on_the_original_clevr(tmp_path):
     root, _ = clevr_v1(tmp_path, count=20)
-    flags = ("--data clevr --resolution 32 --decoder-strides 2,2,1 --encoder-channels 8 --decoder-channels 8 --batch-size 2 --steps 2 "
+    flags = ("--data clevr --resolution 32 --decoder-strides 2,2,1 --encoder-channels 8 --decoder-channels 8 --batch-size 2 "
+             "--steps 2 "
              "--device cpu --no-compile").split()
     train.main([*flags, "--data-root", str(root), "--max-objects", "10", "--out", str(tmp_path / "run")])
     assert "ari" not in log_of(tmp_path / "run")[-1] and (tmp_path / "run" / "figure.png").exists()
@@ -866,7 +883,8 @@ def test_train_on_the_original_clevr(tmp_path):
 
 def test_train_set_prediction(tmp_path):
     root, _ = clevr_v1(tmp_path, count=20)
-    flags = ("--data clevr --task set_prediction --resolution 32 --encoder-channels 8 --batch-size 4 --steps 2 --device cpu "
+    flags = ("--data clevr --task set_prediction --resolution 32 --encoder-channels 8 --batch-size 4 --steps 2 "
+             "--device cpu "
              "--no-compile").split()
     train.main([*flags, "--data-root", str(root), "--out", str(tmp_path / "run")])
     assert set(log_of(tmp_path / "run")[-1]["ap"]) == {"inf", "1", "0.5", "0.25", "0.125"}
@@ -908,18 +926,26 @@ def test_every_experiment_has_a_small_recipe():
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--data nothing", "nothing"), ("--steps 0", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--lr inf", "--lr"),
+    ("--data nothing", "nothing"), ("--steps 0", "--steps"), ("--lr nan", "--lr"), ("--lr -1", "--lr"),
+    ("--lr inf", "--lr"),
     ("--batch-size x", "--batch-size"), ("--encoder-strides 1,0", "--encoder-strides"), ("--unknown 1", "unknown"),
     ("--data clevr --data-root /nowhere", "--download"), ("--data tetrominoes --task set_prediction", "clevr_like"),
     ("--task set_prediction --data tetrominoes", "--task"), ("--resume /nowhere", "no checkpoint"),
-    ("--eval /nowhere", "no checkpoint"), ("--data multi_dsprites_on_colored --data-root /nowhere", "no multi_dsprites"),
-    ("--train-count 8 --batch-size 64 --eval-count 8", "--batch-size"), ("--device nowhere", "--device"), ("--device meta", "--device"),
+    ("--eval /nowhere", "no checkpoint"),
+    ("--data multi_dsprites_on_colored --data-root /nowhere", "no multi_dsprites"),
+    ("--train-count 8 --batch-size 64 --eval-count 8", "--batch-size"), ("--device nowhere", "--device"),
+    ("--device meta", "--device"),
     ("--min-objects 5 --max-objects 4", "--min-objects"), ("--data clevr_like --max-objects 2", "3 or more"),
-    ("--task set_prediction --data clevr_like --num-slots 17", "16"), ("--resume x --eval y", "--eval"), ("--resume x --out y", "--out"),
-    ("--resume x --small", "--small"), ("--resume x --seed 1", "--seed"), ("--resume x --task set_prediction", "--task"),
-    ("--eval x --lr 1", "--lr"), ("--eval x --out y", "--out"), ("--eval x --steps 3", "--steps"), ("--seeds 0 0", "different"),
-    ("--seeds 0 --seed 1", "--seed"), ("--seeds 0 --resume x", "--seeds"), ("--seeds x", "--seeds"), ("--resolution 64", "--resolution"),
-    ("--min-objects 4 --max-objects 6", "--max-objects"), ("--decoder-kernel 4", "decoder_kernel"), ("--decoder-strides 7", "strides"),
+    ("--task set_prediction --data clevr_like --num-slots 17", "16"), ("--resume x --eval y", "--eval"),
+    ("--resume x --out y", "--out"),
+    ("--resume x --small", "--small"), ("--resume x --seed 1", "--seed"),
+    ("--resume x --task set_prediction", "--task"),
+    ("--eval x --lr 1", "--lr"), ("--eval x --out y", "--out"), ("--eval x --steps 3", "--steps"),
+    ("--seeds 0 0", "different"),
+    ("--seeds 0 --seed 1", "--seed"), ("--seeds 0 --resume x", "--seeds"), ("--seeds x", "--seeds"),
+    ("--resolution 64", "--resolution"),
+    ("--min-objects 4 --max-objects 6", "--max-objects"), ("--decoder-kernel 4", "decoder_kernel"),
+    ("--decoder-strides 7", "strides"),
     ("--data multi_dsprites --resolution 32", "--resolution"), ("--batch-size 10 --accumulate 4", "--accumulate")])
 def test_bad_flags(capsys, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
@@ -937,12 +963,14 @@ def test_bad_numbers_for_every_flag(capsys, tmp_path, monkeypatch):
         if isinstance(value, (bool, str)):
             continue
         bad = ["-1", "nan", "inf", "x", "", "1e400", "0x"] + ["0"] * (value not in (0, train.RECIPE["warmup"][0]))
-        bad += ["1.5", "99999999999"] * isinstance(value, int) + ["1,,1", "99", "1," * 20 + "1"] * isinstance(value, tuple)
+        bad += ["1.5", "99999999999"] * isinstance(value, int) + ["1,,1", "99", "1," * 20 + "1"] * isinstance(value,
+                                                                                                              tuple)
         bad += ["1.1"] * (key in ("beta2", "decay_rate", "slot_loss"))
         for text in bad:
             flag = "--" + key.replace("_", "-")
             assert f"argument {flag}: " in refused(capsys, train.main, [f"{flag}={text}"])
-    for flags in (["--count", "0"], ["--count", "1000000"], ["--num-slots", "-1"], ["--num-iterations", "0"], ["--seed", "x"],
+    for flags in (["--count", "0"], ["--count", "1000000"], ["--num-slots", "-1"], ["--num-iterations", "0"],
+                  ["--seed", "x"],
                   ["--num-slots", "1000000000"], ["--figure", "z"], ["/nowhere"]):
         assert flags[0] in refused(capsys, visualize.main, flags)
     assert not list(tmp_path.iterdir())
@@ -960,7 +988,8 @@ def test_bad_checkpoints(tmp_path, capsys, monkeypatch):
     good = torch.load(run / "checkpoint.pt", weights_only=True)
     path = tmp_path / "bad.pt"
     content = (run / "checkpoint.pt").read_bytes()
-    for bad in (b"", b"text", content[:1000], content[:-1000], pickle.dumps(Evil()), pickle.dumps({**good, "config": Evil()})):
+    for bad in (b"", b"text", content[:1000], content[:-1000], pickle.dumps(Evil()),
+                pickle.dumps({**good, "config": Evil()})):
         path.write_bytes(bad)
         assert str(path) in refused(capsys, visualize.main, [str(path)])
         assert str(path) in refused(capsys, train.main, ["--eval", str(path)])
@@ -986,16 +1015,20 @@ def test_bad_checkpoints(tmp_path, capsys, monkeypatch):
             if not (isinstance(value, str) and isinstance(was, str) or isinstance(was, float) and value == 1.5):
                 with pytest.raises((ValueError, TypeError)):
                     train.check_config({**good["config"], key: value})
-    cases = [(["config", "num_slots"], 10 ** 9), (["config", "task"], "x"), (["config", "dtype"], "load"), (["config", "data"], None),
+    cases = [(["config", "num_slots"], 10 ** 9), (["config", "task"], "x"), (["config", "dtype"], "load"),
+             (["config", "data"], None),
              (["config"], None), (["model"], {}), (["optimizer"], {}), (["optimizer"], [1])]
-    cases += [([key], value) for key in ("step", "seconds") for value in odd if key == "step" or not isinstance(value, float)]
+    cases += [([key], value) for key in ("step", "seconds") for value in odd if key == "step" or not isinstance(value,
+                                                                                                                float)]
     name = "slot_attention.slots_mu"
     weight = good["model"][name]
-    cases += [(["model", name], value) for value in (None, 1.0, "x", weight[0, 0, :3], weight * float("nan"), weight / 0, [weight],
+    cases += [(["model", name], value) for value in (None, 1.0, "x", weight[0, 0, :3], weight * float("nan"),
+                                                     weight / 0, [weight],
                                                      weight.expand(10 ** 6, 10 ** 6, 8), (weight,))]
     cases += [(["optimizer", "state"], value) for value in ({}, None, [1], {0: {}}, {i: None for i in range(99)})]
     for key, values in good["optimizer"]["state"][0].items():
-        cases += [(["optimizer", "state", 0, key], value) for value in (None, "x", values[None, None, None], -1 - values.abs(),
+        cases += [(["optimizer", "state", 0, key], value) for value in (None, "x", values[None, None, None],
+                                                                        -1 - values.abs(),
                                                                         values * float("nan"), {}, torch.ones(3))
                   if key != "exp_avg" or value is None or isinstance(value, (str, dict)) or value.shape != values.shape]
     for keys, value in cases:
@@ -1014,25 +1047,22 @@ def test_bad_checkpoints(tmp_path, capsys, monkeypatch):
         assert "another process" in refused(capsys, train.main, ["--resume", str(run), "--steps", "3"])
 
 
-def test_failed_write_keeps_the_last_checkpoint(tmp_path):
-    """A limit on the size of files stands for a full disk."""
-    out = tmp_path / "run"
-    train.main([*TINY, "--steps", "3", "--out", str(out)])
-    before = (out / "checkpoint.pt").read_bytes()
-    code = f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); import train; " \
-           "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); import signal; " \
-           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-           f"train.main(['--resume', {str(out)!r}, '--steps', '6', '--device', 'cpu', '--no-compile'])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 2 and "cannot write" in result.stderr and "Traceback" not in result.stderr
-    assert (out / "checkpoint.pt").read_bytes() == before and not list(out.glob("part-*"))
-
-
 def test_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, capsys):
     out = tmp_path / "run"
     train.main([*TINY, "--steps", "3", "--out", str(out)])
-    assert "lr" in refused_last(capsys, ["--resume", str(out), "--steps", "60", "--lr", "1e30", "--clip", "0", "--device", "cpu",
+    assert "lr" in refused_last(capsys,
+                                ["--resume", str(out), "--steps", "60", "--lr", "1e30", "--clip", "0", "--device",
+                                 "cpu",
                                          "--no-compile", "--dtype", "float32"])
+    assert train.load_checkpoint(out)["step"] == 3
+
+
+def test_too_little_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(train, "compute_loss", lambda *args: torch.empty(10 ** 15))
+    assert "--accumulate" in refused_last(capsys, [*TINY, "--steps", "3", "--out", str(out)])
+    monkeypatch.undo()
+    train.main(["--resume", str(out), "--accumulate", "2"])
     assert train.load_checkpoint(out)["step"] == 3
 
 
@@ -1114,13 +1144,15 @@ def ari_of_altered_scenes(count):
     model, config = train.load_model(checkpoint, visualize.DEMO), {**checkpoint["config"], "accumulate": 1}
     model.slot_attention.implicit = False
     scenes = train.load_scenes({**config, "eval_count": count}, "eval").arrays
-    return {name: train.evaluate(model, config, data.Scenes(image, scenes["label"]), torch.device("cpu"), torch.float32, 4)["ari"]
+    return {name: train.evaluate(model, config, data.Scenes(image, scenes["label"]), torch.device("cpu"),
+                                 torch.float32, 4)["ari"]
             for name, image in altered(scenes["image"].numpy(), np.random.default_rng(0)).items()}
 
 
 def test_the_demo_stands_noise_but_not_darkness():
     ari = ari_of_altered_scenes(64)
-    assert ari["original"] > 0.9 and ari["noise 0.1"] > 0.85 and ari["contrast 0.75"] > 0.75 and ari["brightness 0.5"] < 0.4, ari
+    assert ari["original"] > 0.9 and ari["noise 0.1"] > 0.85 and ari["contrast 0.75"] > 0.75, ari
+    assert ari["brightness 0.5"] < 0.4, ari
 
 
 def test_pictures_of_any_mode_and_size(tmp_path, capsys):
@@ -1128,8 +1160,10 @@ def test_pictures_of_any_mode_and_size(tmp_path, capsys):
     grey = Image.new("L", (30, 20), 100)
     clear = Image.new("RGBA", (20, 30), (255, 0, 0, 0))  # all transparent
     sixteen = Image.fromarray(np.full((20, 30), 100 * 257, np.uint16))
-    pictures = {"grey.png": grey, "rgb.jpg": grey.convert("RGB"), "rgba.png": grey.convert("RGBA"), "palette.gif": grey.convert("P"),
-                "cmyk.jpg": grey.convert("CMYK"), "la.png": grey.convert("LA"), "sixteen.png": sixteen, "tiny.png": grey.resize((1, 1)),
+    pictures = {"grey.png": grey, "rgb.jpg": grey.convert("RGB"), "rgba.png": grey.convert("RGBA"),
+                "palette.gif": grey.convert("P"),
+                "cmyk.jpg": grey.convert("CMYK"), "la.png": grey.convert("LA"), "sixteen.png": sixteen,
+                "tiny.png": grey.resize((1, 1)),
                 "clear.png": clear, "bits.png": Image.new("1", (9, 9), 1)}
     for name, picture in pictures.items():
         picture.save(tmp_path / name)
@@ -1167,16 +1201,22 @@ def test_figures_of_all_kinds(tmp_path, capsys, monkeypatch):
     visualize.main([demo, "--figure", "clip", "--count", "3", "--out", "clip.png"])
     Image.new("RGB", (50, 40), "blue").save("own.png")
     case, weights, *_ = official_case("discovery", 7)
-    np.savez("official.npz", **{f"network/layer_with_weights-0/{name}/.ATTRIBUTES/VARIABLE_VALUE": value for name, value in weights.items()})
-    visualize.main("--official official.npz --images own.png --num-slots 2 --num-iterations 1 --figure a --out official.png".split())
+    np.savez("official.npz",
+             **{f"network/layer_with_weights-0/{name}/.ATTRIBUTES/VARIABLE_VALUE": value for name,
+                value in weights.items()})
+    visualize.main("--official official.npz --images own.png --num-slots 2 --num-iterations 1 --figure a "
+                   "--out official.png".split())
     config, model = visualize.load(None, "official.npz")
     assert model.slot_attention.num_slots == 7 and config["crop"] == "official"
     np.testing.assert_array_equal(model.slot_attention.slots_mu.detach(), weights["slot_attention/slots_mu"])
     assert all(Path(name).stat().st_size > 5_000 for name in ("clip.png", "official.png"))
 
-    for flags, message in [(f"{demo} --figure curve", "log.jsonl"), ("--official official.npz", "--images"), ("--official x --images own.png", "x"),
-                           (f"{demo} --official official.npz --images own.png", "takes no run"), (f"{demo} --figure clip --images own.png", "--images"),
-                           (f"{demo} --out nowhere/a.png", "nowhere"), (f"{demo} --out nowhere/a.gif", "nowhere"), (f"{demo} --out a.xyz", "xyz")]:
+    for flags, message in [(f"{demo} --figure curve", "log.jsonl"), ("--official official.npz", "--images"),
+                           ("--official x --images own.png", "x"),
+                           (f"{demo} --official official.npz --images own.png", "takes no run"),
+                           (f"{demo} --figure clip --images own.png", "--images"),
+                           (f"{demo} --out nowhere/a.png", "nowhere"), (f"{demo} --out nowhere/a.gif", "nowhere"),
+                           (f"{demo} --out a.xyz", "xyz")]:
         with pytest.raises(SystemExit) as stop:
             visualize.main(flags.split())
         assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1], flags
@@ -1227,27 +1267,33 @@ def test_nan_in_the_weights_is_not_saved(tmp_path, capsys, monkeypatch):
             self.state[self.param_groups[0]["params"][0]][name][0] = float("inf")  # no loss shows this
 
     monkeypatch.setattr(torch.optim.Adam, "step", spoil)
-    assert "became NaN or infinite by step 6" in refused_last(capsys, ["--resume", str(out), "--steps", "6"])
+    assert "became NaN or infinite by step 4" in refused_last(capsys, ["--resume", str(out), "--steps", "4"])
     assert (out / "checkpoint.pt").read_bytes() == before
 
 
-def test_full_disk_while_logging_or_drawing(tmp_path):
+def test_full_disk_loses_nothing(tmp_path):
+    """A limit on the size of files stands for a full disk: for the figure, the checkpoint and the log."""
     out = tmp_path / "run"
     train.main([*TINY, "--steps", "3", "--out", str(out)])
-    figure = (out / "figure.png").read_bytes()
-    code = f"import resource, signal, sys; sys.path.insert(0, {str(HERE)!r}); import train, visualize\n" \
-           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
-           f"for main, flags, size in ((visualize.main, [{str(out)!r}], 20_000), (train.main, ['--resume', {str(out)!r}, '--steps', " \
-           f"'6'], {(out / 'log.jsonl').stat().st_size + 10})):\n" \
-           "    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))\n" \
-           "    try: main(flags)\n" \
-           "    except SystemExit as stop: assert stop.code == 2"
+    before = {name: (out / name).read_bytes() for name in ("figure.png", "checkpoint.pt")}
+    go_on = ["--resume", str(out), "--steps", "6"]
+    code = f"""if True:
+        import resource, signal, sys
+        sys.path.insert(0, {str(HERE)!r})
+        import train, visualize
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        for main, flags, size in ((visualize.main, [{str(out)!r}], 20_000), (train.main, {go_on!r}, 20_000),
+                                  (train.main, {go_on!r}, {(out / "log.jsonl").stat().st_size + 10})):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+            try: main(flags)
+            except SystemExit as stop: assert stop.code == 2"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0 and "Traceback" not in result.stderr and "Exception" not in result.stderr, result.stderr
+    assert result.returncode == 0 and not re.search("Traceback|Exception", result.stderr), result.stderr
     last = [line for line in result.stderr.splitlines() if "cannot write" in line]
-    assert len(last) == 2 and "figure.png" in last[0] and "log.jsonl" in last[1]
-    assert (out / "figure.png").read_bytes() == figure and not list(out.glob("part-*"))
-    train.main(["--resume", str(out), "--steps", "6"])
+    assert len(last) == 3 and all(name in line for name, line in zip((*before, "log.jsonl"), last)), last
+    assert all((out / name).read_bytes() == content for name,
+               content in before.items()) and not list(out.glob("part-*"))
+    train.main(go_on)
     assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -1309,9 +1355,11 @@ for line in sys.stdin:
         if kind == "cache":
             on_call(data, ("make_multi_dsprites", "checksums", "build_cache")[number % 3], 1 + number // 3)
         if kind == "checkpoint":
-            on_call(*((torch, "save", number, half_a_checkpoint), (os, "fsync", number), (os, "replace", number))[number % 3])
+            calls = (torch, "save", number, half_a_checkpoint), (os, "fsync", number), (os, "replace", number)
+            on_call(*calls[number % 3])
         if kind == "figure":
-            on_call(visualize.plt.Figure, "savefig", 1, half_a_figure) if number % 2 else on_call(visualize, "make_figure", 1)
+            calls = (visualize, "make_figure", 1), (visualize.plt.Figure, "savefig", 1, half_a_figure)
+            on_call(*calls[number % 2])
         train.main(argv)
         os._exit(0)
     if kind == "clock":
@@ -1325,9 +1373,11 @@ def kill_anywhere(folder, kills, seed=0):
     """Kills training so often; --resume goes on each time, and the end is that of an unbroken run, to the bit. -> where
     the kills fell."""
     rng, fell, rounds = random.Random(seed), Counter(), 0
-    flags = ("--data multi_dsprites --small --train-count 64 --eval-count 8 --batch-size 8 --steps 12 --eval-every 2 --log-every 1 "
+    flags = ("--data multi_dsprites --small --train-count 64 --eval-count 8 --batch-size 8 --steps 12 --eval-every 2 "
+             "--log-every 1 "
              "--dtype float32 --device cpu --no-compile --encoder-channels 8 --decoder-channels 8 --slot-dim 8").split()
-    killer = subprocess.Popen([sys.executable, "-c", KILLER], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    killer = subprocess.Popen([sys.executable, "-c", KILLER], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True)
 
     def run(argv, kind=None, number=0, delay=0):
         killer.stdin.write(json.dumps([kind, number, delay, argv]) + "\n")
@@ -1343,7 +1393,8 @@ def kill_anywhere(folder, kills, seed=0):
         out, root = folder / f"killed{rounds}", folder / f"data{rounds}"
         rounds += 1
         for turn in range(100):
-            kind = "end" if sum(fell.values()) >= kills else ("cache", "checkpoint", "clock", "figure", "cache", "clock",
+            kind = "end" if sum(fell.values()) >= kills else ("cache", "checkpoint", "clock", "figure", "cache",
+                                                              "clock",
                                                               "checkpoint", "end")[turn % 8]
             if kind == "cache":
                 shutil.rmtree(root / "cache", ignore_errors=True) if turn else None
@@ -1359,10 +1410,12 @@ def kill_anywhere(folder, kills, seed=0):
         ours = train.load_checkpoint(out)
         for part in ("model", "optimizer"):
             ours_flat, expected_flat = (torch.utils._pytree.tree_leaves(content[part]) for content in (ours, expected))
-            assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(ours_flat, expected_flat, strict=True))
+            assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a,
+                       b in zip(ours_flat, expected_flat, strict=True))
         assert ours["step"] == 12 and without_times(log_of(out)) == without_times(log_of(whole))
         assert (out / "figure.png").stat().st_size > 10_000
-        assert not [path for path in [*out.rglob("*"), *root.rglob("*")] if "part" in path.name or path.suffix == ".lock"]
+        assert not [path for path in [*out.rglob("*"),
+                                      *root.rglob("*")] if "part" in path.name or path.suffix == ".lock"]
     killer.stdin.close()
     killer.wait()
     return fell
@@ -1386,7 +1439,8 @@ def damaged(content, rng):
     elif kind == 5:
         content[place:place + size] = rng.randbytes(size)
     else:
-        content = rng.choice([b"", b"text", b"\x1f\x8b", b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"{}", b"[]", b"null", rng.randbytes(5000)])
+        content = rng.choice([b"", b"text", b"\x1f\x8b", b"PK\x03\x04", b"\x89PNG\r\n\x1a\n", b"{}", b"[]", b"null",
+                              rng.randbytes(5000)])
     return bytes(content)
 
 
@@ -1410,19 +1464,16 @@ def damaged_files(folder, count, seed=0):
         train.load_model(checkpoint, folder / "run")
         return checkpoint
 
-    def read_records(limit=None):
-        return list(data.read_tfrecords(folder / "tetrominoes.tfrecords", "tetrominoes", limit))
+    def read_records():
+        return list(data.read_tfrecords(folder / "tetrominoes.tfrecords", "tetrominoes", limit=9))
 
-    def repacked(content, rng):  # the file's own checksum is right: the records' have to do
-        return gzip.compress(damaged(gzip.decompress(content), rng), 1)
-
-    def forged(content, rng):  # and here they are right, too: only what the record says is wrong
+    def forged(content, rng):  # the file's checksum is right, only what the record says is wrong
         raw = bytearray(gzip.decompress(content))
         length = int.from_bytes(raw[:8], "little")
         end = 12 + length
         for _ in range(rng.randint(1, 3)):  # the protobuf's tags and lengths are at the front, the factors' at the end
-            raw[rng.choice([rng.randrange(12, 60), rng.randrange(12, end), rng.randrange(end - 300, end)])] ^= 1 << rng.randrange(8)
-        raw[end:end + 4] = data.masked_crc32c(bytes(raw[12:end])).to_bytes(4, "little")
+            raw[rng.choice([rng.randrange(12, 60), rng.randrange(12, end),
+                            rng.randrange(end - 300, end)])] ^= 1 << rng.randrange(8)
         return gzip.compress(bytes(raw), 1)
 
     def other(content, rng):
@@ -1442,8 +1493,10 @@ def damaged_files(folder, count, seed=0):
         content = json.loads(content)
         scene = rng.choice(content["scenes"])
         thing = rng.choice(scene["objects"])
-        odd = rng.choice([None, "pink", -1, 1e400, float("nan"), 10 ** 400, [], {}, [0, 0], ["0", "0", "0"], True, [1e9, 0, 0], "../../x"])
-        place = rng.choice([(content, "scenes"), (scene, "objects"), (scene, "image_filename"), (thing, rng.choice(list(thing))),
+        odd = rng.choice([None, "pink", -1, 1e400, float("nan"), 10 ** 400, [], {}, [0, 0], ["0", "0", "0"], True,
+                          [1e9, 0, 0], "../../x"])
+        place = rng.choice([(content, "scenes"), (scene, "objects"), (scene, "image_filename"),
+                            (thing, rng.choice(list(thing))),
                             (scene["objects"], 0), (content["scenes"], 1)])
         place[0][place[1]] = odd
         if rng.random() < 0.2:
@@ -1461,11 +1514,11 @@ def damaged_files(folder, count, seed=0):
     kinds = [("checkpoint", folder / "run/checkpoint.pt", damaged, read_checkpoint, True),
              *((f"cache {path.name}", path, damaged, read_cache, True) for path in sorted(cache.iterdir())),
              ("records", folder / "tetrominoes.tfrecords", damaged, read_records, True),
-             ("records, first", folder / "tetrominoes.tfrecords", repacked, lambda: read_records(9), True),
              ("records, forged", folder / "forged/tetrominoes_train.tfrecords", forged, read_forged, False),
              ("records, other set", folder / "tetrominoes.tfrecords", other, read_records, True),
              ("picture", png, damaged, lambda: data.read_png(png), True),
-             ("scenes file", scenes_file, damaged, read_clevr, False), ("scenes file, odd", scenes_file, odd_json, read_clevr, False),
+             ("scenes file", scenes_file, damaged, read_clevr, False),
+             ("scenes file, odd", scenes_file, odd_json, read_clevr, False),
              ("npz", folder / "weights.npz", damaged, lambda: sa.read_npz(folder / "weights.npz"), True),
              *((f"TF {path.suffix}", path, damaged, lambda: sa.read_tf_checkpoint(folder / "tf/ckpt"), True)
                for path in sorted((folder / "tf").iterdir()))]

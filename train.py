@@ -18,6 +18,7 @@ import json
 import math
 import operator
 import os
+import re
 import signal
 import statistics
 import sys
@@ -85,7 +86,8 @@ EXPERIMENTS = {  # task -> dataset -> what differs from that
     },
     "set_prediction": {"clevr": SET_PREDICTION, "clevr_like": SET_PREDICTION},
 }
-QUICK = dict(implicit=True, encoder_channels=32, batch_size=32, lr=2e-3, warmup=200, beta2=0.95, clip=1.0, eval_every=500)
+QUICK = dict(implicit=True, encoder_channels=32, batch_size=32, lr=2e-3, warmup=200, beta2=0.95, clip=1.0,
+             eval_every=500)
 QUICK_DISCOVERY = dict(QUICK, decoder_channels=32, decoder_strides=(1, 1), slot_loss=0.5)
 QUICK_64 = dict(QUICK_DISCOVERY, learned_queries=True, resolution=64, encoder_strides=(1, 2, 1), pixel_shuffle=4,
                 slot_loss_from=2_000, steps=6_000, decay_steps=1_500, train_count=10_000)
@@ -93,8 +95,8 @@ QUICK_SETS = dict(QUICK, learned_queries=True, encoder_strides=(2, 2, 2, 1), tra
                   steps=8_000, decay_steps=2_000)
 SMALL = {  # and with --small, for minutes on a CPU
     "object_discovery": {
-        "tetrominoes": dict(QUICK_DISCOVERY, encoder_strides=(1, 2, 1), pixel_shuffle=3, slot_loss_from=600, steps=4_000,
-                            decay_steps=1_000, train_count=40_000, eval_count=512),
+        "tetrominoes": dict(QUICK_DISCOVERY, encoder_strides=(1, 2, 1), pixel_shuffle=3, slot_loss_from=600,
+                            steps=4_000, decay_steps=1_000, train_count=40_000, eval_count=512),
         "multi_dsprites": dict(QUICK_64, train_count=40_000),
         "multi_dsprites_on_colored": dict(QUICK_64, train_count=40_000),
         "clevr": QUICK_64,
@@ -103,8 +105,8 @@ SMALL = {  # and with --small, for minutes on a CPU
     "set_prediction": {"clevr": QUICK_SETS, "clevr_like": QUICK_SETS},
 }
 MODEL_KEYS = list(RECIPE)[:13]
-# What may be typed with --eval; and the largest values that make sense: a typing error or a damaged file has larger ones.
 EVAL_KEYS = ("num_slots", "num_iterations", "resolution", "min_objects", "max_objects", "eval_count", "batch_size")
+# The largest values that make sense: a typing error or a damaged file has larger ones.
 LARGEST = {**dict.fromkeys(MODEL_KEYS, 1_024), "resolution": 2_048, "decoder_kernel": 15, "pixel_shuffle": 32,
            "min_objects": 10, "max_objects": 10, "train_count": 1_000_000, "eval_count": 1_000_000,
            "batch_size": 100_000, "decay_rate": 1.0, "beta2": 0.999999, "slot_loss": 1.0}
@@ -120,21 +122,9 @@ RUNTIME = {  # how a run is computed, not what; a resumed run keeps it
 }
 
 
-def learning_rate(step, lr, warmup, decay_rate, decay_steps):
-    """The official schedule: the warm-up is linear and the decay goes on during it; the first step has rate 0."""
-    return lr * min(1, step / max(warmup, 1)) * decay_rate ** (step / decay_steps)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Models and checkpoints
+# A run on disk: checkpoint.pt and log.jsonl
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def build_model(config):
-    """The model that a run's config describes: {key of RECIPE: value}, and its task."""
-    keys = MODEL_KEYS if config["task"] == "object_discovery" else MODEL_KEYS[:9]
-    model = SlotAttentionAutoEncoder if config["task"] == "object_discovery" else SlotAttentionClassifier
-    return model(**{key: config[key] for key in keys})
 
 
 @contextlib.contextmanager
@@ -146,7 +136,8 @@ def whole_file(path):
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
         part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is as it was") from None
+        reason = str(error).splitlines()[0]
+        raise OSError(f"cannot write {path} ({reason}); what was there before is as it was") from None
 
 
 def save_checkpoint(path, **content):
@@ -212,7 +203,55 @@ def load_optimizer(optimizer, checkpoint, where):
 
 def all_finite(state):
     """Whether all tensors of a state dict are, of nested ones too."""
-    return all(all_finite(value) if isinstance(value, dict) else bool(value.isfinite().all()) for value in state.values())
+    return all(all_finite(value) if isinstance(value, dict) else bool(value.isfinite().all())
+               for value in state.values())
+
+
+def read_log(content):
+    """The lines of a log.jsonl's content and their rows. A killed run's last line may be cut."""
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            good = valid(row["step"], 0) and valid(row["loss"], 0.0) and valid(row["seconds"], 0.0)
+            if not (good and line.endswith(b"\n")):
+                return
+        except (ValueError, KeyError, TypeError):
+            return
+        yield line, row
+
+
+@contextlib.contextmanager
+def open_log(out, step):
+    """Opens the log in a run's folder, cut behind its last row up to `step` (a killed run may have logged more than it
+    saved, and half a line) -> a function that adds a row. Until it is closed no other process can train into the
+    folder. What came to nothing is removed."""
+    if RANK > 0:
+        yield lambda row: None
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "log.jsonl"
+    with open(path, "ab+", buffering=0) as file:
+        if data.try_lock(file) is False:
+            raise ValueError(f"another process is training into {out}/: wait for it, or choose another --out")
+        file.seek(0)
+        file.truncate(sum(len(line) for line, row in read_log(file.read()) if row["step"] <= step))
+
+        def add(row):
+            line = json.dumps(row).encode() + b"\n"
+            try:
+                if file.write(line) < len(line):
+                    raise OSError("the disk is full")
+            except OSError as error:
+                raise OSError(f"cannot write {path} ({error}); go on from the last checkpoint with --resume {out}"
+                              ) from None
+
+        try:
+            yield add
+        finally:
+            if not (out / "checkpoint.pt").exists():
+                path.unlink()
+                with contextlib.suppress(OSError):
+                    out.rmdir()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,9 +301,10 @@ def keep_freed_memory():
 
 def join_processes(config):
     """-> this process's device and dtype; under torchrun it meets the others, and each has a GPU of its own."""
-    if config["batch_size"] % (WORLD_SIZE * config["accumulate"]):
-        raise ValueError(f"--batch-size {config['batch_size']} cannot be shared out among {WORLD_SIZE} processes x "
-                         f"{config['accumulate']} parts (--accumulate): it must be a multiple of {WORLD_SIZE * config['accumulate']}")
+    size, parts = config["batch_size"], WORLD_SIZE * config["accumulate"]
+    if size % parts:
+        raise ValueError(f"--batch-size {size} cannot be shared out among {WORLD_SIZE} processes x "
+                         f"{config['accumulate']} parts (--accumulate): it must be a multiple of {parts}")
     device = choose_device(config["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -289,13 +329,41 @@ def over_processes(value, op=dist.ReduceOp.SUM):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def build_model(config):
+    """The model that a run's config describes: {key of RECIPE: value}, and its task."""
+    keys = MODEL_KEYS if config["task"] == "object_discovery" else MODEL_KEYS[:9]
+    model = SlotAttentionAutoEncoder if config["task"] == "object_discovery" else SlotAttentionClassifier
+    return model(**{key: config[key] for key in keys})
+
+
+def load_scenes(config, split):
+    """A split of the run's dataset. The first process of each machine goes first: it builds the cache if need be."""
+    count = config["train_count" if split == "train" else "eval_count"]
+    keys = "resolution", "crop", "min_objects", "max_objects", "download"
+    if dist.is_initialized() and LOCAL_RANK > 0:
+        dist.barrier()
+    scenes = data.load(config["data"], split, config["data_root"], count, **{key: config[key] for key in keys})
+    if dist.is_initialized() and LOCAL_RANK == 0:
+        dist.barrier()
+    size = config["batch_size"]
+    if split == "train" and len(scenes) < size:
+        raise ValueError(f"--batch-size {size} is more than the {len(scenes)} training scenes there are")
+    return scenes
+
+
+def learning_rate(step, lr, warmup, decay_rate, decay_steps):
+    """The official schedule: the warm-up is linear and the decay goes on during it; the first step has rate 0."""
+    return lr * min(1, step / max(warmup, 1)) * decay_rate ** (step / decay_steps)
+
+
 def own_parts(x, config):
     """A global batch [B, ...] -> this process's share of it, as --accumulate many tensors."""
-    return x.chunk(WORLD_SIZE * config["accumulate"])[RANK * config["accumulate"]:(RANK + 1) * config["accumulate"]]
+    number = config["accumulate"]
+    return x.chunk(WORLD_SIZE * number)[RANK * number:(RANK + 1) * number]
 
 
-def fast(model, config, device):
-    """-> the model on its device, the same compiled and distributed as training calls it, and its optimizer."""
+def training_setup(model, config, device):
+    """-> model, on its device; forward, the same as training calls it: compiled and distributed; its optimizer."""
     model = model.to(device, memory_format=torch.channels_last)
     forward = torch.compile(model) if config["compile"] else model
     if WORLD_SIZE > 1:  # averages the gradients over the processes during backward
@@ -312,8 +380,8 @@ def noise(config, step, device):
 
 
 def batches(config, scenes, step, device):
-    """The training batches from a step on, in this process's parts: every epoch in a new order, which depends on seed and
-    epoch alone."""
+    """The training batches from a step on, in this process's parts: every epoch in a new order, which depends on seed
+    and epoch alone."""
     size, per_epoch = config["batch_size"], len(scenes) // config["batch_size"]
     epoch, start = divmod(step, per_epoch)
     while True:
@@ -322,12 +390,6 @@ def batches(config, scenes, step, device):
         for i in range(start, per_epoch):
             yield [scenes.batch(index, device) for index in own_parts(order[i * size:(i + 1) * size], config)]
         epoch, start = epoch + 1, 0
-
-
-def run(model, batch, slots, dtype, num_iterations=None):
-    """The model's output from initial slots [B, K, D], its convolutions in dtype."""
-    with torch.autocast(slots.device.type, dtype, enabled=dtype != torch.float32):
-        return model(batch["image"], slots=slots, num_iterations=num_iterations)
 
 
 def compute_loss(output, batch, slot_loss=0.0):
@@ -349,13 +411,15 @@ def compute_loss(output, batch, slot_loss=0.0):
 def evaluate(model, config, scenes, device, dtype, num_iterations=None):
     """-> {"eval_loss", and "ari": mean FG-ARI where there are masks, or "ap": {threshold: AP}} over a whole split, each
     process a stretch of it."""
-    parts = {key: [] for key in ("eval_loss", "slot_shares", "ari", "predictions", "targets")}  # each: a value per scene
+    parts = {key: [] for key in ("eval_loss", "slot_shares", "ari", "predictions", "targets")}  # values per scene
     generator = torch.Generator().manual_seed(0)  # the same noise at every evaluation
     slots_noise = torch.randn(len(scenes), config["num_slots"], config["slot_dim"], generator=generator)
     own = torch.arange(len(scenes)).tensor_split(WORLD_SIZE)[RANK]
     for index in own.split(config["batch_size"] // (WORLD_SIZE * config["accumulate"])) if len(own) else ():
         batch = scenes.batch(index, device)
-        output = run(model, batch, model.slot_attention.init_slots(slots_noise[index].to(device)), dtype, num_iterations)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            output = model(batch["image"], slots=model.slot_attention.init_slots(slots_noise[index].to(device)),
+                           num_iterations=num_iterations)
         parts["eval_loss"].append(compute_loss(output, batch).expand(len(index)))
         if isinstance(output, SetPrediction):
             parts["predictions"].append(output.predictions)
@@ -383,8 +447,8 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
 
 
 def describe(result):
-    """An evaluation as people read it. The slots' shares of the pictures, from the largest in each to the smallest, show
-    a failed run: all alike, or one has all."""
+    """An evaluation as people read it. The slots' shares of the pictures, from the largest in each to the smallest,
+    show a failed run: all alike, or one has all."""
     names = {"eval_loss": "held-out loss", "ari": "FG-ARI", "slot_shares": "slots %", "ap": "AP % at inf/1/.5/.25/.125"}
 
     def show(value):
@@ -406,7 +470,8 @@ def train_step(model, forward, optimizer, parts, config, step, dtype):
     for i, (batch, slots_noise) in enumerate(zip(parts, noise(config, step, parts[0]["image"].device))):
         if WORLD_SIZE > 1:
             forward.require_backward_grad_sync = i == len(parts) - 1
-        output = run(forward, batch, model.slot_attention.init_slots(slots_noise), dtype)
+        with torch.autocast(slots_noise.device.type, dtype, enabled=dtype != torch.float32):
+            output = forward(batch["image"], slots=model.slot_attention.init_slots(slots_noise))
         loss = compute_loss(output, batch, slot_loss) / len(parts)
         loss.backward()
         total += loss.detach()
@@ -416,13 +481,18 @@ def train_step(model, forward, optimizer, parts, config, step, dtype):
     return total
 
 
+def clock_time(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
 def train(config, out, log, checkpoint=None):
     """Trains by a config ({key: value} of RECIPE and of the flags) into the folder `out` and its open log, from a
     checkpoint if given."""
     device, dtype = join_processes(config)
     torch.manual_seed(config["seed"])
     model = load_model(checkpoint, out) if checkpoint else build_model(config)
-    model, forward, optimizer = fast(model, config, device)
+    model, forward, optimizer = training_setup(model, config, device)
     if checkpoint:
         load_optimizer(optimizer, checkpoint, out)
     step, seconds = (checkpoint["step"], checkpoint["seconds"]) if checkpoint else (0, 0.0)
@@ -435,8 +505,8 @@ def train(config, out, log, checkpoint=None):
                             optimizer=optimizer.state_dict(), step=step, seconds=seconds)
 
     def diverged(what):
-        return (f"{what} became NaN or infinite by step {step}; the checkpoint in {out}/ is from before. Try a smaller --lr, "
-                f"--clip 1, or --dtype float32, from the start or with --resume {out}")
+        return (f"{what} became NaN or infinite by step {step}; the checkpoint in {out}/ is from before. Try a smaller "
+                f"--lr, --clip 1, or --dtype float32, from the start or with --resume {out}")
 
     if not checkpoint:
         save()  # from here on a killed run can go on, even if it is killed while its cache is built
@@ -498,86 +568,28 @@ def train(config, out, log, checkpoint=None):
     say(f"trained in {clock_time(seconds)}")
 
 
-def read_log(content):
-    """The lines of a log.jsonl's content and their rows. A killed run's last line may be cut."""
-    for line in content.splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-            good = valid(row["step"], 0) and valid(row["loss"], 0.0) and valid(row["seconds"], 0.0)
-            if not (good and line.endswith(b"\n")):
-                return
-        except (ValueError, KeyError, TypeError):
-            return
-        yield line, row
-
-
-@contextlib.contextmanager
-def open_log(out, step):
-    """Opens the log in a run's folder, cut behind its last row up to `step` (a killed run may have logged more than it
-    saved, and half a line) -> a function that adds a row. Until it is closed no other process can train into the
-    folder. What came to nothing is removed."""
-    if RANK > 0:
-        yield lambda row: None
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "log.jsonl"
-    with open(path, "ab+", buffering=0) as file:
-        if data.try_lock(file) is False:
-            raise ValueError(f"another process is training into {out}/: wait for it, or choose another --out")
-        file.seek(0)
-        file.truncate(sum(len(line) for line, row in read_log(file.read()) if row["step"] <= step))
-
-        def add(row):
-            line = json.dumps(row).encode() + b"\n"
-            try:
-                if file.write(line) < len(line):
-                    raise OSError("the disk is full")
-            except OSError as error:
-                raise OSError(f"cannot write {path} ({error}); go on from the last checkpoint with --resume {out}") from None
-
-        try:
-            yield add
-        finally:
-            if not (out / "checkpoint.pt").exists():
-                path.unlink()
-                with contextlib.suppress(OSError):
-                    out.rmdir()
-
-
-def clock_time(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
-def load_scenes(config, split):
-    """A split of the run's dataset. The first process of each machine is first: it builds the cache if there is none."""
-    count = config["train_count" if split == "train" else "eval_count"]
-    keys = "resolution", "crop", "min_objects", "max_objects", "download"
-    if dist.is_initialized() and LOCAL_RANK > 0:
-        dist.barrier()
-    scenes = data.load(config["data"], split, config["data_root"], count, **{key: config[key] for key in keys})
-    if dist.is_initialized() and LOCAL_RANK == 0:
-        dist.barrier()
-    if split == "train" and len(scenes) < config["batch_size"]:
-        raise ValueError(f"--batch-size {config['batch_size']} is more than the {len(scenes)} training scenes there are")
-    return scenes
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmark
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def benchmark(config):
-    """Prints one JSON line: how long a training step takes with its data and without (on a batch that is already there), the
-    same for the plain model (float32, NCHW, eager, PyTorch's usual layers), and matrix products for comparison. All of
-    them are timed in turn, so that what else the machine does slows all alike. The model's floating point operations
-    are those of the plain layers, but without the work that Decoder.first_layer saves."""
+    """Prints one JSON line: how long a training step takes with its data and without (on a batch that is already
+    there), the same for the plain model (float32, NCHW, eager, PyTorch's usual layers), and matrix products for
+    comparison. All are timed in turn, so that what else the machine does slows all alike. The model's floating point
+    operations are those of the plain layers, but without the work that Decoder.first_layer saves."""
     device, dtype = join_processes(config)
     wait = getattr(torch, device.type).synchronize
-    model, forward, optimizer = fast(build_model(config), config, device)
+    model, forward, optimizer = training_setup(build_model(config), config, device)
     plain = build_model(config).to(device)
     for module in plain.modules():
         if isinstance(module, torch.nn.ConvTranspose2d):
-            module.forward = functools.partial(F.conv_transpose2d, weight=module.weight, bias=module.bias, stride=module.stride,
-                                               padding=module.kernel_size[0] // 2, output_padding=module.stride[0] - 1)
+            module.forward = functools.partial(
+                F.conv_transpose2d, weight=module.weight, bias=module.bias, stride=module.stride,
+                padding=module.kernel_size[0] // 2, output_padding=module.stride[0] - 1)
     plain_optimizer = torch.optim.Adam(plain.parameters())
-    scenes = load_scenes({**config, "train_count": min(config["train_count"], 2 * config["batch_size"])}, "train").to(device)
+    count = min(config["train_count"], 2 * config["batch_size"])
+    scenes = load_scenes({**config, "train_count": count}, "train").to(device)
     stream = batches(config, scenes, 0, device)
     parts = next(stream)
     plain_parts = [{**batch, "image": batch["image"].contiguous()} for batch in parts]
@@ -602,7 +614,8 @@ def benchmark(config):
         timed["plain_step"]()
     if hasattr(plain, "decoder"):
         plain.decoder.first_layer = lambda slots: plain.decoder.cnn[0](plain.decoder.broadcast(slots).contiguous())
-    times, repeat = {key: [] for key in timed}, 1 if device.type == "cpu" else 10  # a GPU works on while Python is ahead
+    repeat = 1 if device.type == "cpu" else 10  # a GPU works on while Python is ahead
+    times = {key: [] for key in timed}
     for i in range(11):
         for key, call in timed.items():
             wait()
@@ -613,17 +626,20 @@ def benchmark(config):
             times[key] += [(time.perf_counter() - start) / repeat] if i > 0 else []  # the first is warm-up
 
     median = {key: statistics.median(values) for key, values in times.items()}
-    rate = {"model": counter.get_total_flops() / median["step"], **{key: 2 * size ** 3 / median[key] for key in timed if "mat" in key}}
+    rate = {key: 2 * size ** 3 / median[f"matmul_{key}"] for key in ("bfloat16", "float32")}
+    rate["model"] = counter.get_total_flops() / median["step"]
     if RANK == 0:
         print(json.dumps({
-            "data": config["data"], "task": config["task"], "batch_size": config["batch_size"], "processes": WORLD_SIZE,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type, "threads": torch.get_num_threads(),
+            "data": config["data"], "task": config["task"], "batch_size": config["batch_size"],
+            "processes": WORLD_SIZE, "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
             "dtype": str(dtype).removeprefix("torch."), "compile": config["compile"], "torch": torch.__version__,
             "images_per_s": round(config["batch_size"] / median["step"], 2),
-            "ms": {key: [round(1e3 * f(values), 2) for f in (statistics.median, min, max)] for key, values in times.items()},
+            "ms": {key: [round(1e3 * ms, 2) for ms in (median[key], min(x), max(x))] for key, x in times.items()},
             "plain_over_step": round(statistics.median(map(operator.truediv, times["plain_step"], times["step"])), 3),
-            "peak_memory_gb": round(memory / 1e9, 2), "tflops": {key: round(value / 1e12, 4) for key, value in rate.items()},
-            "share_of_matmul": {key[7:]: round(rate["model"] / rate[key], 3) for key in rate if "mat" in key}}))
+            "peak_memory_gb": round(memory / 1e9, 2),
+            "tflops": {key: round(value / 1e12, 4) for key, value in rate.items()},
+            "share_of_matmul": {key: round(rate["model"] / rate[key], 3) for key in ("bfloat16", "float32")}}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -654,9 +670,9 @@ def valid(value, example, largest=None):
 
 def parse_value(example, largest=None):
     """The parser of a flag, from its default and its largest value."""
-    kind = "a whole number" if isinstance(example, int) else "a number"
-    kind = "whole numbers from 1 to 16, such as 1,2,2,1" if isinstance(example, tuple) else f"{kind} that makes sense here"
-    kind += f" ({largest:,} at most)" if largest and not isinstance(example, tuple) else ""
+    kind = f"a {'whole ' * isinstance(example, int)}number that makes sense here"
+    kind += f" ({largest:,} at most)" if largest else ""
+    kind = "whole numbers from 1 to 16, such as 1,2,2,1" if isinstance(example, tuple) else kind
 
     def parse(text):
         try:
@@ -679,9 +695,14 @@ def check_config(config):
             and valid(config["seed"], 0) and config.get("dtype", "auto") in DTYPES):
         raise ValueError("its task, data, crop, seed or dtype is none that there is")
     if low > high or (name == "clevr_like" and high < 3):
-        raise ValueError(f"--min-objects {low} --max-objects {high} leaves no scene" + " (CLEVR's have 3 or more)" * (low <= high))
+        why = " (CLEVR's have 3 or more)" * (low <= high)
+        raise ValueError(f"--min-objects {low} --max-objects {high} leaves no scene{why}")
     if task == "set_prediction" and config["num_slots"] > 16:
         raise ValueError(f"--num-slots {config['num_slots']}: the matching of set prediction takes 16 at most")
+
+
+def flag(key):
+    return "--" + key.replace("_", "-")
 
 
 def make_parser():
@@ -694,17 +715,17 @@ def make_parser():
     add("--out", help="the run's folder; runs/NAME or the next free name if not given")
     add("--resume", metavar="RUN", help="go on with this run")
     add("--eval", metavar="RUN", help="evaluate this run, for 1 to 8 iterations unless --num-iterations is given")
-    add("--benchmark", action="store_true", help="time the training step: one line of JSON, in ms median, least and most")
+    add("--benchmark", action="store_true",
+        help="time the training step: one line of JSON, in ms median, least and most")
     add("--seed", type=parse_value(0), help="of weights, order and noise (0)")
-    add("--seeds", type=parse_value(0), nargs="+", metavar="SEED", help="one run after the other, into OUT-seed0 and so on, and "
-        "their mean; the same command goes on after a stop")
-    groups = ((parser, RUNTIME), (parser.add_argument_group("the recipe (in brackets: the paper's for CLEVR6)"), RECIPE))
-    for group, table in groups:
+    add("--seeds", type=parse_value(0), nargs="+", metavar="SEED", help="one run after the other, into OUT-seed0 and "
+        "so on, and their mean; the same command goes on after a stop")
+    recipe = parser.add_argument_group("the recipe (in brackets: the paper's for CLEVR6)")
+    for group, table in ((parser, RUNTIME), (recipe, RECIPE)):
         for key, (value, text) in table.items():
             kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {
-                "type": parse_value(value, LARGEST.get(key))}
-            kind.update({"choices": DTYPES} if key == "dtype" else {})
-            group.add_argument("--" + key.replace("_", "-"), default=argparse.SUPPRESS, help=f"{text} ({value})", **kind)
+                "type": parse_value(value, LARGEST.get(key)), "choices": DTYPES if key == "dtype" else None}
+            group.add_argument(flag(key), default=argparse.SUPPRESS, help=f"{text} ({value})", **kind)
     return parser
 
 
@@ -718,7 +739,7 @@ def check_flags(args):
            "seeds": ("seed",), None: ()}[mode]
     for key in odd:
         if vars(args).get(key) not in (None, False):
-            raise ValueError(f"--{key.replace('_', '-')} and --{mode} do not go together")
+            raise ValueError(f"{flag(key)} and --{mode} do not go together")
     if args.seeds and (len(set(args.seeds)) < len(args.seeds) or WORLD_SIZE > 1):
         raise ValueError("--seeds takes different seeds, and no torchrun: start that for each --seed")
 
@@ -734,46 +755,20 @@ def make_config(args, checkpoint=None):
                        if not args.eval or key not in RUNTIME or key == "data_root"})  # another machine may evaluate
         fixed = [key for key in typed if key in (*MODEL_KEYS, "data") and typed[key] != config[key] and not args.eval]
         if fixed:
-            raise ValueError(f"--{fixed[0].replace('_', '-')} cannot change when a run goes on (it has {config[fixed[0]]})")
+            raise ValueError(f"{flag(fixed[0])} cannot change when a run goes on (it has {config[fixed[0]]})")
         if typed.get("steps", checkpoint["step"]) < checkpoint["step"]:
             raise ValueError(f"--steps {typed['steps']}: the run is at step {checkpoint['step']:,} already")
     else:
         name, task, small = args.data or "tetrominoes", args.task or "object_discovery", args.small or not args.data
         if name not in EXPERIMENTS[task]:
-            raise ValueError(f"there is no --task {task} for --data {name}; there is for {', '.join(EXPERIMENTS[task])}")
+            known = ", ".join(EXPERIMENTS[task])
+            raise ValueError(f"there is no --task {task} for --data {name}; there is for {known}")
         config.update(EXPERIMENTS[task][name], **(SMALL[task][name] if small else {}))
         crop = "none" if task == "set_prediction" else "official" if args.official_crop else "paper"
         config.update(data=name, task=task, seed=args.seed or 0, crop=crop)
     config.update(typed)
     check_config(config)
     return config
-
-
-def main(argv=None):
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        check_flags(args)
-        if args.eval:
-            return print_evaluation(args)
-        if args.benchmark:
-            return benchmark(make_config(args))
-        name = Path(args.out or Path("runs") / (args.data or "demo"))
-        if args.seeds:
-            return train_seeds(args, name)
-        if not args.resume:
-            out = name if args.out else free_name(name)
-            if RANK == 0 and (out / "checkpoint.pt").exists():
-                raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
-            return train_and_draw(make_config(args), out)
-        checkpoint, out = load_checkpoint(args.resume), Path(args.resume)
-        if checkpoint["optimizer"] is None or (out.is_file() and out.name != "checkpoint.pt"):
-            raise ValueError(f"{out} is a copy or weights only, to draw and to evaluate: a run goes on from its checkpoint.pt")
-        train_and_draw(make_config(args, checkpoint), out.parent if out.is_file() else out, checkpoint)
-    except (OSError, ValueError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def train_and_draw(config, out, checkpoint=None):
@@ -792,7 +787,7 @@ def train_and_draw(config, out, checkpoint=None):
 def train_seeds(args, name):
     """One run per seed, into NAME-seed0 and so on. Runs that are there already go on, or are taken as they are."""
     runs = []
-    for args.seed in args.seeds:
+    for args.seed in args.seeds:  # make_config reads it
         out, config = name.with_name(f"{name.name}-seed{args.seed}"), make_config(args)
         checkpoint = load_checkpoint(out) if (out / "checkpoint.pt").exists() else None
         for key in config if checkpoint else ():
@@ -806,12 +801,14 @@ def train_seeds(args, name):
     results = []
     for seed, (_, out, _) in zip(args.seeds, runs):
         row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-        results.append({f"AP % at {key}": 100 * value for key, value in row["ap"].items()} if "ap" in row else
-                       {name: row[key] for key, name in (("ari", "FG-ARI"), ("eval_loss", "held-out loss")) if key in row})
+        metrics = {"FG-ARI": row.get("ari"), "held-out loss": row["eval_loss"],
+                   **{f"AP % at {key}": 100 * ap for key, ap in row.get("ap", {}).items()}}
+        results.append({key: value for key, value in metrics.items() if value is not None})
         print(f"seed {seed}  " + "  ".join(f"{key} {value:.4f}" for key, value in results[-1].items()))
     for key in results[0]:
         values = torch.tensor([result[key] for result in results], dtype=torch.float64)
-        print(f"{key}: {values.mean():.4f} ± {values.std(correction=min(1, len(values) - 1)):.4f} over {len(values)} seeds")
+        std = values.std(correction=min(1, len(values) - 1))
+        print(f"{key}: {values.mean():.4f} ± {std:.4f} over {len(values)} seeds")
 
 
 def free_name(path):
@@ -835,6 +832,39 @@ def print_evaluation(args):
     for num_iterations in [typed["num_iterations"]] if "num_iterations" in typed else range(1, 9):
         result = evaluate(model, config, scenes, device, dtype, num_iterations=num_iterations)
         show(f"{num_iterations} iterations  {describe(result)}", flush=True)
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        check_flags(args)
+        if args.eval:
+            return print_evaluation(args)
+        if args.benchmark:
+            return benchmark(make_config(args))
+        name = Path(args.out or Path("runs") / (args.data or "demo"))
+        if args.seeds:
+            return train_seeds(args, name)
+        if not args.resume:
+            out = name if args.out else free_name(name)
+            if RANK == 0 and (out / "checkpoint.pt").exists():
+                raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
+            return train_and_draw(make_config(args), out)
+        checkpoint, out = load_checkpoint(args.resume), Path(args.resume)
+        if checkpoint["optimizer"] is None or (out.is_file() and out.name != "checkpoint.pt"):
+            raise ValueError(f"{out} is a copy or weights only, to draw and to evaluate: a run goes on from its "
+                             "checkpoint.pt")
+        train_and_draw(make_config(args, checkpoint), out.parent if out.is_file() else out, checkpoint)
+    except (OSError, ValueError) as error:
+        parser.error(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        parser.error("out of memory: --accumulate 2 (or more) takes each batch in parts, with the same gradient; a run "
+                     "that has begun goes on with --resume RUN --accumulate 2")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

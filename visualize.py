@@ -216,7 +216,7 @@ def figure_curve(runs):
                       label=f"{name}: {label}")
     upper.set(yscale="log", xlim=(0, max(line.get_xdata()[-1] for line in upper.lines)))
     lower.set(xlabel="steps", ylim=(None, 1))
-    if len(runs) == 1:
+    if len(runs) == 1 and minutes[-1] > 0:
         scales = (lambda x: np.interp(x, steps, minutes)), (lambda x: np.interp(x, minutes, steps))
         upper.secondary_xaxis("top", functions=scales).set_xlabel("minutes")
     for axis in filter(lambda axis: axis.lines, (upper, lower)):
@@ -346,9 +346,9 @@ def main(argv=None):
         name = "curve.png" if args.figure == "curve" else "figure.png"
         out = Path(args.out) if args.out else (folder if len(runs) == 1 else Path()) / name
         out = out if out.suffix else out.with_suffix(".png")
-        draw = make_figure(args, runs, animated=out.suffix == ".gif")
+        save = make_figure(args, runs, animated=out.suffix == ".gif")
         with train.whole_file(out) as part:
-            draw(part)
+            save(part)
         plt.close("all")
         say(f"drew {out}")
     except (OSError, ValueError) as error:
