@@ -1,7 +1,7 @@
 """The datasets of the paper, real and generated, as uint8 batches on the device.
 
 Real: DeepMind's multi_object_datasets (TFRecord files, read without TensorFlow) and the original CLEVR_v1.0.
-Generated: look-alikes of each, made in seconds and in need of no download, with masks and factors.
+Generated: look-alikes of Tetrominoes, Multi-dSprites and CLEVR, with masks and factors, that need no download.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import functools
 import gzip
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
@@ -80,48 +79,55 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
          download=False):
     """The "train" or "eval" split of a dataset of DATA -> Scenes. The two share no scene.
 
-    Real files are looked for under `root` and decoded once, into a cache beside them. Without them every set but
-    "clevr" is generated. count: so many scenes at most. min_objects, max_objects: only scenes with so many objects.
-    crop, for CLEVR: "paper", the central square; "official", the window that the official code cuts out of CLEVR_v1.0;
-    "none", the whole picture, made square (the set prediction task).
+    Real files are looked for under `root` and decoded once, into a cache beside them. Without them Tetrominoes and
+    Multi-dSprites (on grey) are generated. count: so many scenes at most. min_objects, max_objects: only scenes with so
+    many objects. crop, for CLEVR: "paper", the central square; "official", the window that the official code cuts out
+    of CLEVR_v1.0; "none", the whole picture, made square (the set prediction task).
     Raises OSError or ValueError, with a line that says what to do."""
     stem, train_count, full_resolution = DATA[name]
     root, resolution = Path(root), resolution or full_resolution
-    file = stem and root / f"{stem}.tfrecords"
-    if name == "clevr" and not file.exists():
-        return load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects, download)
-    if file is None or not file.exists():
+    file = root / f"{stem}.tfrecords"
+    if stem and file.exists():
+        source, jobs, prepare = tfrecords_source(name, file, resolution, crop)
+    elif name == "clevr":
+        source, jobs, prepare = clevr_v1_source(root, resolution, crop, download)
+    else:
         return generate(name, split, root, count or train_count, resolution, crop, min_objects, max_objects)
-
-    def prepare(numbered):
-        number, scene = numbered
-        window = crop if name == "clevr" else "none"
-        try:
-            return {"image": resize(scene["image"], resolution, window)[None],
-                    "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window)[None],
-                    "objects": np.uint8([round(float(scene["visibility"].sum())) - 1]),  # it counts the background
-                    **({"target": clevr_target(scene)[None]} if name == "clevr" else {})}
-        except (ValueError, KeyError, IndexError, OverflowError) as error:
-            raise ValueError(f"{file}, record {number}: damaged or not {stem} ({error!r}); get the file again"
-                             ) from None
-
-    limit = None if name == "clevr" else train_count + 5_000  # the two others have a million
-    arrays = cached(root / "cache" / f"{name}-{resolution}", [str(file), stamp(file), resolution, crop],
-                    enumerate(read_tfrecords(file, stem, limit)), prepare)
+    arrays = cached(root / "cache" / f"{name}-{resolution}", [*source, resolution, crop], jobs, prepare)
     objects = arrays.pop("objects")
     return Scenes(**arrays, index=choose(objects, split, train_count, count, min_objects, max_objects))
 
 
 def choose(objects, split, train_count, count, min_objects, max_objects):
     """The indices of a split: the first `train_count` scenes are for training, those after them for evaluation (of a
-    file of fewer scenes the last fifth), and of these the first `count` with a number of `objects` [n] in the range."""
+    file with no more than those the last fifth), and of these the first `count` with a number of `objects` [n] in the
+    range."""
     n = len(objects)
-    border = min(train_count, n - max(1, n // 5))
+    border = train_count if n > train_count else n - max(1, n // 5)
     index = np.arange(border) if split == "train" else np.arange(border, n)
     index = index[(objects[index] >= min_objects) & (objects[index] <= max_objects)][:count]
     if len(index) == 0:
         raise ValueError(f"the {split} split has no scene with {min_objects} to {max_objects} objects")
     return index
+
+
+def tfrecords_source(name, file, resolution, crop):
+    """-> what the file is, its numbered scenes (read when the cache is built), and what makes arrays of one."""
+    stem, window = file.stem, crop if name == "clevr" else "none"
+
+    def prepare(numbered):
+        number, scene = numbered
+        try:
+            return {"image": resize(scene["image"], resolution, window)[None],
+                    "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window)[None],
+                    "objects": np.uint8([round(float(scene["visibility"].sum())) - 1]),  # with the background
+                    **({"target": clevr_target(scene)[None]} if name == "clevr" else {})}
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            raise ValueError(f"{file}, record {number}: damaged or not {stem} ({error!r}); get the file again"
+                             ) from None
+
+    limit = None if name == "clevr" else DATA[name][1] + 5_000  # the others have a million, more than anyone waits for
+    return [str(file), stamp(file)], enumerate(read_tfrecords(file, stem, limit)), prepare
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,9 +263,9 @@ def clevr_target(scene):
     return target
 
 
-def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects, download):
-    """The original CLEVR_v1.0 (480 x 320 PNGs and scenes files, no masks): the splits train and val, one after the
-    other."""
+def clevr_v1_source(root, resolution, crop, download):
+    """As tfrecords_source, for the original CLEVR_v1.0 (480 x 320 PNGs and scenes files, no masks): its splits train
+    and val, one after the other."""
     folder = next((f for f in (root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if f.exists()), None)
     if folder is None and download:
         say(f"downloading CLEVR_v1.0 into {root / 'clevr'}: 18 GB, and as much again to unpack")
@@ -271,8 +277,8 @@ def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects
             "clevr_with_masks/), or add --download to fetch CLEVR_v1.0 (18 GB, no masks); --data clevr_like needs no "
             "files")
 
-    files = [folder / "scenes" / f"CLEVR_{part}_scenes.json" for part in ("train", "val")]
-    files = [file for i, file in enumerate(files) if i == 0 or file.exists()]
+    train, val = (folder / "scenes" / f"CLEVR_{part}_scenes.json" for part in ("train", "val"))
+    files = [train, val] if val.exists() else [train]
 
     def read_scenes():
         for file in files:
@@ -280,9 +286,9 @@ def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects
                 number = -1
                 for number, scene in enumerate(json.loads(file.read_bytes())["scenes"]):
                     objects = scene["objects"]
-                    factors = {key: [0] + [names.index(o[key]) + 1 for o in objects]
+                    factors = {key: [0] + [names.index(o[key]) + 1 for o in objects]  # the background comes first
                                for key, names in CLEVR_CODES.items()}
-                    factors.update({axis: [0] + [0.0 + o["3d_coords"][i] for o in objects]
+                    factors.update({axis: [0] + [0.0 + o["3d_coords"][i] for o in objects]  # 0.0: of no text
                                     for i, axis in enumerate("xyz")})
                     path = folder / "images" / file.name.split("_")[1] / Path(scene["image_filename"]).name
                     yield path, clevr_target({key: np.array(values) for key, values in factors.items()})
@@ -298,11 +304,7 @@ def load_clevr_v1(split, root, count, resolution, crop, min_objects, max_objects
         return {"image": resize(read_png(path), resolution, crop)[None],
                 "objects": target[:, 18].sum(keepdims=True).astype(np.uint8), "target": target[None]}
 
-    stamps = [stamp(file) for file in files]
-    arrays = cached(root / "cache" / f"clevr_v1-{resolution}", [str(folder), *stamps, resolution, crop],
-                    read_scenes(), prepare)
-    objects = arrays.pop("objects")
-    return Scenes(**arrays, index=choose(objects, split, DATA["clevr"][1], count, min_objects, max_objects))
+    return [str(folder), *map(stamp, files)], read_scenes(), prepare
 
 
 def read_png(path):
@@ -356,6 +358,11 @@ def stamp(file):
     return [stat.st_size, stat.st_mtime_ns]
 
 
+def cores():
+    """Of this process: torch.get_num_threads() is 1 under torchrun."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def try_lock(file, wait=False):
     """Locks an open file. -> True: done, until it is closed or the process ends, however it ends; False: another
     process has it; None: this system has no such locks."""
@@ -373,7 +380,7 @@ def cached(folder, settings, jobs, prepare):
     of every job, on all cores. The hash is of the settings: another source or setting is another folder.
     A folder is complete or does not exist: it is written under another name, and renamed at the end. Of several
     processes that need it one builds, the others wait. At each use its checksums are checked."""
-    digest = hashlib.sha256(json.dumps(["crc32", *settings]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(["crc32", *settings]).encode()).hexdigest()[:8]  # crc32: the format's version
     folder = folder.with_name(f"{folder.name}-{digest}")
     lock = f"{folder}.lock"
     if not folder.exists():
@@ -397,8 +404,6 @@ def cached(folder, settings, jobs, prepare):
         arrays = {}
         for key, (dtype, shape, sums) in json.loads(content).items():
             file = folder / f"{key}.bin"
-            if file.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
-                raise ValueError(f"{file.name} has the wrong size")
             if checksums(file) != sums:
                 raise ValueError(f"the checksum of {file.name} is wrong")
             arrays[key] = np.memmap(file, dtype, "c", shape=tuple(shape))
@@ -410,7 +415,7 @@ def cached(folder, settings, jobs, prepare):
 def checksums(file, block=2 ** 26):
     """CRC-32 of each block of a file, on all cores: a few seconds for the largest cache, and it warms the disk's."""
     content = np.memmap(file, np.uint8, "r")
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(zlib.crc32, (content[i:i + block] for i in range(0, len(content), block))))
 
 
@@ -430,18 +435,17 @@ def build_cache(folder, jobs, prepare):
 
 
 def write_cache(folder, jobs, prepare):
-    files, meta, count, start = {}, {}, 0, time.time()
-    threads = torch.get_num_threads()
+    files, shapes, count, start, threads = {}, {}, 0, time.time(), torch.get_num_threads()
     torch.set_num_threads(1)  # the parallelism is over scenes; PyTorch's own under it would only add strife
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             jobs = iter(jobs)
-            while batch := list(islice(jobs, 8 * threads)):
+            while batch := list(islice(jobs, 8 * cores())):
                 for arrays in pool.map(prepare, batch):
                     for key, array in arrays.items():
                         if key not in files:
                             files[key] = open(folder / f"{key}.bin", "wb")
-                            meta[key] = [str(array.dtype), array.shape[1:]]
+                            shapes[key] = [str(array.dtype), array.shape[1:]]
                         files[key].write(np.ascontiguousarray(array))
                     count += len(array)
                 if sys.stderr.isatty():
@@ -451,9 +455,9 @@ def write_cache(folder, jobs, prepare):
         for file in files.values():
             file.close()
     if count == 0:
-        raise ValueError("no scene has so many objects (--min-objects, --max-objects)")
+        raise ValueError("there is no scene, or none with so many objects (--min-objects, --max-objects)")
     meta = json.dumps({key: [dtype, [count, *shape], checksums(folder / f"{key}.bin")]
-                       for key, (dtype, shape) in meta.items()})
+                       for key, (dtype, shape) in shapes.items()})
     (folder / "meta.json").write_text(f"{meta}\n{zlib.crc32(meta.encode())}\n")
     say(f"\r{count:,} scenes in {time.time() - start:.0f} s")
 
@@ -462,12 +466,9 @@ def write_cache(folder, jobs, prepare):
 # Generated scenes
 # ---------------------------------------------------------------------------------------------------------------------
 
-SPLIT_SEEDS = {"train": 1, "eval": 2}  # of the generated sets: the splits are the same in every run
-
-
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
     """Scenes by the law of a dataset: Tetrominoes anew each time (seconds), the others by way of the cache."""
-    seed, size = SPLIT_SEEDS[split], 32
+    seed, size = 1 if split == "train" else 2, 32  # the splits are the same in every run
     if name == "tetrominoes":
         if resolution != 35 or not min_objects <= 3 <= max_objects:
             raise ValueError("generated Tetrominoes are of 35 x 35 pixels with 3 objects: leave --resolution, "
@@ -513,6 +514,7 @@ TETROMINOES = [[(row, col) for row, line in enumerate(piece.split("/")) for col,
                                ###/.#.  .#/##/.#  .#./###  #./##/#.
                                .##/##.  #./##/.#  ##./.##  .#/##/#.""".split()]
 TETROMINO_CELLS = np.array(TETROMINOES)  # [19, 4, 2]
+TETROMINO_EXTENT = 5 * (TETROMINO_CELLS.max(axis=1) + 1)  # [19, 2], height and width in pixels
 TETROMINO_COLORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
 TETROMINO_TILE = np.array([[191, 255, 255, 255, 223]] + 3 * [[127, 159, 159, 159, 191]] + [[95, 63, 63, 63, 127]])
 
@@ -529,8 +531,7 @@ def make_tetrominoes(count, seed):
     todo = np.arange(count)
     while len(todo):  # draw three pieces at once, until none overlap: uniform over the scenes that are allowed
         piece[todo] = rng.integers(len(TETROMINOES), size=(len(todo), 3))
-        extent = 5 * (TETROMINO_CELLS.max(axis=1) + 1)[piece[todo]]                # [m, 3, 2]
-        corner[todo] = rng.integers(35 - extent + 1)
+        corner[todo] = rng.integers(35 - TETROMINO_EXTENT[piece[todo]] + 1)       # [m, 3, 2]
         todo = todo[tetrominoes_overlap(piece[todo], corner[todo])]
     color = TETROMINO_COLORS[rng.integers(len(TETROMINO_COLORS), size=(count, 3))]
     image, mask = draw_tetrominoes(piece, corner, color)
@@ -538,7 +539,7 @@ def make_tetrominoes(count, seed):
     def with_background(values, background):
         return np.concatenate([np.full_like(values[:, :1], background), values], axis=1).astype(np.float32)
 
-    center = corner + (5 * (TETROMINO_CELLS.max(axis=1) + 1)[piece] - 1) / 2
+    center = corner + (TETROMINO_EXTENT[piece] - 1) / 2
     return {"image": image, "mask": mask, "shape": with_background(piece + 1, 0), "color": with_background(color, 0),
             "x": with_background(center[..., 1], 0), "y": with_background(center[..., 0], 0),
             "visibility": np.ones((count, 4), np.float32)}
@@ -550,7 +551,7 @@ def make_moving_tetrominoes(count, frames, seed, speed=2.0):
     0 = background."""
     scenes = make_tetrominoes(count, seed)
     piece = scenes["shape"][:, 1:].astype(int) - 1
-    extent = 5 * (TETROMINO_CELLS.max(axis=1) + 1)[piece]                          # [n, 3, 2]
+    extent = TETROMINO_EXTENT[piece]                                               # [n, 3, 2]
     corner = np.stack([scenes["y"], scenes["x"]], axis=-1)[:, 1:] - (extent - 1) / 2
     angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, (count, 3))
     step = speed * np.stack([np.sin(angle), np.cos(angle)], axis=-1)               # [n, 3, 2]

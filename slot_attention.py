@@ -1,10 +1,10 @@
-"""Slot Attention in PyTorch, exact to the official TensorFlow code.
+"""Slot Attention in PyTorch. It computes what the official TensorFlow code computes.
 
 "Object-Centric Learning with Slot Attention", Locatello et al., NeurIPS 2020, https://arxiv.org/abs/2006.15055.
 Section, equation and algorithm numbers below are those of the paper. Shapes are written in its symbols:
 
-    B  images in a batch        N  input features (pixels of the encoder's map)    D  slot size
-    K  slots                    T  iterations of attention                        H, W  image (h, w: feature map) size
+    B  images in a batch    N  input features, h * w of the encoder's grid      D  size of a slot (D_in: of an input)
+    K  slots                T  iterations of attention                          H, W  size of an image (h, w: of a grid)
 
 Contents: SlotAttention (Algorithm 1), the two models (2.2, 2.3), the layers they are made of, losses and metrics, the
 official weights.
@@ -27,16 +27,18 @@ import torch.nn.functional as F
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-3)  # Keras' epsilon
+
+
 class SlotAttention(nn.Module):
     """The Slot Attention module (section 2.1, Algorithm 1). No parameter depends on K or T: both can change at call
     time.
 
     num_slots: K. dim: D, the size of a slot. num_iterations: T. inputs_dim: the inputs' size, D if not given.
-    implicit: the one-step gradient (Chang, Griffiths, Levine, 2022). Iterates T times without gradient to a near fixed
-        point, then once more with it: T + 1 iterations, the memory of one. The initial slots get the gradient of that
-        last step's input unchanged (straight through), so that mu and sigma still learn.
-    learned_queries: each slot has a mu of its own (Jia, Liu, Huang, 2023). A slot beyond the K of the constructor
-        starts from the first slots' again, with other noise.
+    implicit: the one-step gradient (Chang, Griffiths, Levine, 2022). T iterations without gradient, to come near a
+        fixed point, then one more with it, in the memory of one. The gradient of that step's input is passed unchanged
+        to the initial slots (straight through; Jia, Liu, Huang, 2023), so that mu and sigma still learn.
+    learned_queries: each slot has a mu of its own (Jia, Liu, Huang). Slots beyond num_slots start from the first ones'.
     """
 
     def __init__(self, num_slots, dim, num_iterations=3, mlp_hidden_size=128, inputs_dim=None, eps=1e-8,
@@ -47,9 +49,9 @@ class SlotAttention(nn.Module):
         self.eps, self.implicit = eps, implicit
         inputs_dim = inputs_dim or dim
 
-        self.norm_inputs = layer_norm(inputs_dim)
-        self.norm_slots = layer_norm(dim)
-        self.norm_mlp = layer_norm(dim)
+        self.norm_inputs = LayerNorm(inputs_dim)
+        self.norm_slots = LayerNorm(dim)
+        self.norm_mlp = LayerNorm(dim)
 
         self.slots_mu = nn.Parameter(torch.empty(1, num_slots if learned_queries else 1, dim))  # 1: shared by all slots
         self.slots_log_sigma = nn.Parameter(torch.empty(1, 1, dim))
@@ -64,7 +66,7 @@ class SlotAttention(nn.Module):
 
     def init_slots(self, noise):
         """Standard normal noise [B, K, D] -> initial slots [B, K, D] ~ N(mu, sigma)."""
-        mu = self.slots_mu.repeat(1, math.ceil(noise.shape[1] / self.slots_mu.shape[1]), 1)[:, :noise.shape[1]]
+        mu = self.slots_mu.repeat(1, noise.shape[1], 1)[:, :noise.shape[1]]   # [1, K, D]
         return mu + self.slots_log_sigma.exp() * noise
 
     def iterate(self, slots, k, v):
@@ -72,7 +74,7 @@ class SlotAttention(nn.Module):
         slots_prev = slots
         q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5         # [B, K, D]
 
-        attn = (q @ k.transpose(1, 2)).softmax(dim=1)                         # [B, K, N]; eq. 1: slots compete
+        attn = (q @ k.transpose(1, 2)).softmax(dim=1)                         # [B, K, N]; eq. 1: the slots compete
         weights = attn + self.eps
         weights = weights / weights.sum(dim=2, keepdim=True)                  # eq. 2: weighted mean over the inputs
         updates = weights @ v                                                 # [B, K, D]
@@ -82,7 +84,7 @@ class SlotAttention(nn.Module):
         return slots, attn
 
     def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):
-        """inputs [B, N, D_in], and to start from given slots: slots [B, K, D].
+        """inputs [B, N, D_in]; slots [B, K, D]: the initial ones, drawn at random if not given, num_slots of them.
         -> slots [B, K, D] and the attention of every iteration, attn [B, T, K, N] (T + 1 with `implicit`): the softmax
         over the slots, before it is normalised over the inputs."""
         inputs = self.norm_inputs(inputs)                                     # [B, N, D_in]
@@ -93,7 +95,7 @@ class SlotAttention(nn.Module):
         num_iterations = self.num_iterations if num_iterations is None else num_iterations
 
         attns = []
-        with torch.autocast(k.device.type, enabled=False):                    # small and sensitive: keep its precision
+        with torch.autocast(k.device.type, enabled=False):                    # the iterations keep full precision
             k, v = k.to(slots.dtype), v.to(slots.dtype)
             if self.implicit:
                 init, slots = slots, slots.detach()
@@ -102,7 +104,7 @@ class SlotAttention(nn.Module):
                         slots, attn = self.iterate(slots, k, v)
                         attns.append(attn)
                 slots = slots + (init - init.detach())                        # straight through
-                num_iterations = 1
+                num_iterations = 1                                            # the one with gradient
             for _ in range(num_iterations):
                 slots, attn = self.iterate(slots, k, v)
                 attns.append(attn)
@@ -115,44 +117,41 @@ class SlotAttention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """CNN, position embedding, LayerNorm, MLP (appendix E): image [B, 3, H, W] -> features [B, N, C], N = h * w.
+    """CNN, position embedding, LayerNorm, MLP (appendix E): image [B, 3, H, W] -> features [B, N, D_in], N = h * w.
 
-    strides: one 5x5 convolution each. `resolution` is that of the output, (h, w)."""
+    resolution: (H, W). strides: one 5x5 convolution each. grid_size: (h, w), what the strides leave of (H, W)."""
 
     def __init__(self, resolution, channels, strides, dim_out):
         super().__init__()
         check_sizes(resolution=resolution, encoder_channels=channels, encoder_strides=strides, dim_out=dim_out)
-        self.resolution = resolution
-        for stride in strides:
-            self.resolution = tuple(math.ceil(size / stride) for size in self.resolution)
-        layers, dim_in = [], 3
+        layers, dim_in, self.grid_size = [], 3, resolution
         for stride in strides:
             layers += [Conv2dSame(dim_in, channels, 5, stride), nn.ReLU()]
-            dim_in = channels
+            dim_in, self.grid_size = channels, tuple(math.ceil(size / stride) for size in self.grid_size)
         self.cnn = nn.Sequential(*layers)
-        self.pos = SoftPositionEmbed(channels, self.resolution)
-        self.layer_norm = layer_norm(channels)
+        self.pos = SoftPositionEmbed(channels, self.grid_size)
+        self.layer_norm = LayerNorm(channels)
         self.mlp = mlp(channels, dim_out, dim_out)
 
     def forward(self, image):
         x = self.cnn(image)                                                   # [B, C, h, w]
         x = self.pos(x.permute(0, 2, 3, 1))                                   # [B, h, w, C]
-        return self.mlp(self.layer_norm(x.flatten(1, 2)))                     # [B, N, C]
+        return self.mlp(self.layer_norm(x.flatten(1, 2)))                     # [B, N, D_in]
 
 
 class Decoder(nn.Module):
     """Spatial broadcast decoder (section 2.2, appendix E): each slot alone is copied to every cell of a grid, gets a
-    position embedding, and is decoded to an RGB picture and a mask logit: slots [M, D] -> [M, 4, H, W].
+    position embedding, and is decoded to an RGB picture and a mask logit: slots [M, D] -> [M, 4, H, W], M = B * K.
 
-    strides: one transposed convolution each, then a 3x3 one to the 4 channels. pixel_shuffle r: that last layer runs at
-    1/r of the resolution and makes r x r pixels a cell (not in the paper; fast on CPUs).
-    At stride 1 a transposed convolution is a convolution with the kernel flipped, so that is what stands here."""
+    strides: one transposed convolution each, then a 3x3 one to the 4 channels. At stride 1 a transposed convolution is
+    a convolution with the kernel flipped, so that is what stands here. pixel_shuffle r: all layers work at 1/r of the
+    resolution, and each cell of the last becomes r x r pixels (not in the paper; fast on CPUs)."""
 
     def __init__(self, resolution, dim, channels, strides, kernel_size=5, pixel_shuffle=1):
         super().__init__()
         check_sizes(resolution=resolution, slot_dim=dim, decoder_channels=channels, decoder_strides=strides,
                     decoder_kernel=kernel_size, pixel_shuffle=pixel_shuffle)
-        if kernel_size % 2 == 0 or kernel_size < max(strides):
+        if kernel_size % 2 == 0 or kernel_size < max(strides):                # no symmetric, or negative, padding
             raise ValueError(f"decoder_kernel must be odd and no less than the strides {strides}; got {kernel_size}")
         self.resolution = resolution
         scale = math.prod(strides) * pixel_shuffle
@@ -168,16 +167,18 @@ class Decoder(nn.Module):
             layers.append(nn.PixelShuffle(pixel_shuffle))
         self.cnn = nn.Sequential(*layers)
 
-        (h, w), k = self.grid_size, kernel_size
-        if strides[0] == 1 and min(h, w) >= k:                                # for first_layer
-            rows, cols = ([min(i, k // 2) + max(i - size + 1 + k // 2, 0) for i in range(size)] for size in (h, w))
-            copy = torch.zeros(h, w, k, k)
-            copy[torch.arange(h)[:, None], torch.arange(w), torch.tensor(rows)[:, None], torch.tensor(cols)] = 1
-            self.register_buffer("copy", copy.view(h * w, k * k), persistent=False)
+        self.register_buffer("same_cut", None)                                # for first_layer
+        if strides[0] == 1 and min(self.grid_size) >= kernel_size:
+            def cut(size):  # a number from 0 to k - 1 for how the border cuts the kernel at each place
+                place, half = torch.arange(size), kernel_size // 2
+                return place.clamp(max=half) + (place - (size - 1 - half)).clamp(min=0)
+            rows, cols = map(cut, self.grid_size)
+            same_cut = F.one_hot((rows[:, None] * kernel_size + cols).flatten(), kernel_size ** 2)
+            self.register_buffer("same_cut", same_cut.float(), persistent=False)  # [h * w, k * k]
 
     def forward(self, slots):
-        x = self.first_layer(slots)                                           # [M, C, h', w']
-        for layer in self.cnn[1:]:
+        x = self.first_layer(slots)                                           # [M, C, h, w]
+        for layer in list(self.cnn)[1:]:
             x = layer(x)
         return x[:, :, :self.resolution[0], :self.resolution[1]]              # [M, 4, H, W]
 
@@ -186,29 +187,31 @@ class Decoder(nn.Module):
         return self.pos(slots[:, None, None, :].expand(-1, *self.grid_size, -1)).permute(0, 3, 1, 2)
 
     def first_layer(self, slots):
-        """The first convolution of the broadcast slots. At stride 1 it is taken apart by linearity: the same, with less
-        work. The position embedding's part is the same for every slot. The slot's part is constant but for the k // 2
-        rows and columns that see the zero padding on each side: a k x k map has all of its values, and each is copied
-        to the places where the padding cuts the kernel alike."""
-        (h, w), conv = self.grid_size, self.cnn[0]
-        if not hasattr(self, "copy"):
-            return conv(self.broadcast(slots))                                # [M, C, h', w']
+        """The first convolution of the broadcast slots: conv(broadcast(slots)), but at stride 1 with less work.
+
+        A convolution is linear: conv(slot + position) = conv(slot) + conv(position). The second is the same for all
+        slots. The first is constant but near the border, where it depends on how many rows and columns of the kernel
+        the zero padding cuts off. A k x k map shows each case once, and is copied to all places of the same cut: by a
+        product with zeros and ones, whose gradient is faster than that of an index."""
+        conv = self.cnn[0]
+        if self.same_cut is None:
+            return conv(self.broadcast(slots))                                # [M, C, h, w]
         k = conv.kernel_size[0]
         x = conv(slots[:, :, None, None].expand(-1, -1, k, k))                # [M, C, k, k]
-        x = self.copy.to(x.dtype) @ x.permute(0, 2, 3, 1).flatten(1, 2)       # [M, h * w, C]
-        zero = torch.zeros(1, h, w, slots.shape[1], device=x.device, dtype=x.dtype)
-        pos = F.conv2d(self.pos(zero).permute(0, 3, 1, 2), conv.weight, padding=k // 2)  # [1, C, h, w]
-        return x.unflatten(1, (h, w)).permute(0, 3, 1, 2) + pos
+        x = self.same_cut @ x.permute(0, 2, 3, 1).flatten(1, 2)               # [M, h * w, C]
+        x = x.unflatten(1, self.grid_size).permute(0, 3, 1, 2)                # [M, C, h, w]
+        position = self.broadcast(torch.zeros_like(slots[:1]))                # [1, D, h, w]
+        return x + F.conv2d(position, conv.weight, padding=k // 2)
 
 
 class Decomposition(NamedTuple):
-    """What the auto-encoder returns. Pictures in [-1, 1]; masks sum to 1 over the slots."""
+    """What the auto-encoder returns. Pictures on the images' scale, not clipped; masks sum to 1 over the slots."""
 
     recon_combined: torch.Tensor  # [B, 3, H, W]
     recons: torch.Tensor          # [B, K, 3, H, W]
     masks: torch.Tensor           # [B, K, 1, H, W]
     slots: torch.Tensor           # [B, K, D]
-    attn: torch.Tensor            # [B, T, K, h, w]
+    attn: torch.Tensor            # [B, T, K, h, w], see SlotAttention
 
 
 class SlotAttentionAutoEncoder(nn.Module):
@@ -222,19 +225,18 @@ class SlotAttentionAutoEncoder(nn.Module):
                  learned_queries=False, encoder_channels=64, encoder_strides=(1, 1, 1, 1),
                  decoder_channels=64, decoder_strides=(2, 2, 2, 2, 1), decoder_kernel=5, pixel_shuffle=1):
         super().__init__()
-        self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        self.encoder = Encoder(self.resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
+        resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit,
                                             learned_queries=learned_queries)
-        self.decoder = Decoder(self.resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel,
-                               pixel_shuffle)
+        self.decoder = Decoder(resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel, pixel_shuffle)
         self.apply(keras_init)
 
     def forward(self, image, slots=None, num_slots=None, num_iterations=None):
         """image [B, 3, H, W] in [-1, 1]; initial slots [B, K, D], K and T may be given -> Decomposition."""
-        x = self.encoder(image)                                               # [B, N, D]
+        x = self.encoder(image)                                               # [B, N, D_in]
         slots, attn = self.slot_attention(x, slots, num_slots, num_iterations)
-        return Decomposition(*self.decode(slots), slots, attn.unflatten(-1, self.encoder.resolution))
+        return Decomposition(*self.decode(slots), slots, attn.unflatten(-1, self.encoder.grid_size))
 
     def decode(self, slots):
         """slots [B, K, D] -> recon_combined [B, 3, H, W], recons [B, K, 3, H, W], masks [B, K, 1, H, W]."""
@@ -260,8 +262,8 @@ class SlotAttentionClassifier(nn.Module):
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
                  learned_queries=False, encoder_channels=64, encoder_strides=(1, 2, 2, 1), num_outputs=19):
         super().__init__()
-        self.resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        self.encoder = Encoder(self.resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
+        resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, dim_out=slot_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit,
                                             learned_queries=learned_queries)
         self.mlp_classifier = mlp(slot_dim, slot_dim, num_outputs)
@@ -269,16 +271,17 @@ class SlotAttentionClassifier(nn.Module):
 
     def forward(self, image, slots=None, num_slots=None, num_iterations=None):
         """image [B, 3, H, W] in [-1, 1]; initial slots [B, K, D], K and T may be given -> SetPrediction."""
-        x = self.encoder(image)                                               # [B, N, D]
+        x = self.encoder(image)                                               # [B, N, D_in]
         slots, attn = self.slot_attention(x, slots, num_slots, num_iterations)
         predictions = self.mlp_classifier(slots).to(slots.dtype).sigmoid()            # [B, K, 19]
-        return SetPrediction(predictions, slots, attn.unflatten(-1, self.encoder.resolution))
+        return SetPrediction(predictions, slots, attn.unflatten(-1, self.encoder.grid_size))
 
 
 def check_sizes(**sizes):
-    """Raises ValueError unless every size is a positive whole number, or a tuple of them."""
+    """Raises ValueError unless every size is a positive whole number, or a tuple of some."""
     for name, size in sizes.items():
-        if not all(isinstance(n, int) and n > 0 for n in (size if isinstance(size, (tuple, list)) else (size,))):
+        numbers = size if isinstance(size, (tuple, list)) else (size,)
+        if not numbers or not all(isinstance(number, int) and number > 0 for number in numbers):
             raise ValueError(f"{name} must be positive, in whole numbers; got {size}")
 
 
@@ -289,8 +292,8 @@ def check_sizes(**sizes):
 
 
 class Conv2dSame(nn.Conv2d):
-    """Conv2d with TensorFlow's "SAME" padding: the output has ceil(size / stride) rows and columns. At stride 2 the odd
-    pixel of padding goes below and to the right. [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]."""
+    """Conv2d with TensorFlow's "SAME" padding: the output has ceil(size / stride) rows and columns. An odd pixel of
+    padding goes below and to the right. [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)]."""
 
     def forward(self, x):
         pads = []
@@ -337,10 +340,6 @@ def build_grid(resolution):
     return torch.cat([grid, 1 - grid], dim=-1)[None]
 
 
-def layer_norm(dim):
-    return nn.LayerNorm(dim, eps=1e-3)  # Keras' epsilon
-
-
 def mlp(dim_in, dim_hidden, dim_out):
     return nn.Sequential(nn.Linear(dim_in, dim_hidden), nn.ReLU(), nn.Linear(dim_hidden, dim_out))
 
@@ -378,16 +377,16 @@ def adjusted_rand_index(true_mask, pred_mask):
     Where DeepMind's code gives NaN (0/0: at most one object, all in one predicted group; fewer than two points), this
     gives 1, since the two groupings are equal there."""
     groups = true_mask.shape[2], pred_mask.shape[2]
-    pairs = true_mask.argmax(dim=2) * groups[1] + pred_mask.argmax(dim=2)                # [B, P]
-    counts = torch.zeros(len(pairs), groups[0] * groups[1], dtype=torch.int64, device=pairs.device)
-    counts.scatter_add_(1, pairs, (true_mask > 0).any(dim=2).long())
-    n_ij = counts.view(-1, *groups)                                                      # [B, Gt, Gp]
+    cell = true_mask.argmax(dim=2) * groups[1] + pred_mask.argmax(dim=2)                 # [B, P], of the table n_ij
+    n_ij = torch.zeros(len(cell), groups[0] * groups[1], dtype=torch.int64, device=cell.device)
+    n_ij.scatter_add_(1, cell, (true_mask > 0).any(dim=2).long())
+    n_ij = n_ij.view(-1, *groups)                                                        # [B, Gt, Gp]
     a, b, n = n_ij.sum(dim=2), n_ij.sum(dim=1), n_ij.sum(dim=(1, 2))
-    index = (n_ij * (n_ij - 1)).sum(dim=(1, 2)).float()
-    a_index, b_index = (a * (a - 1)).sum(dim=1).float(), (b * (b - 1)).sum(dim=1).float()
-    expected = a_index * (b_index / (n * (n - 1)).clamp(min=1))
-    maximum = (a_index + b_index) / 2
-    return torch.where(maximum == expected, 1.0, (index - expected) / (maximum - expected))
+    together = (n_ij * (n_ij - 1)).sum(dim=(1, 2)).float()           # ordered pairs of points that share both groups,
+    a_pairs, b_pairs = (a * (a - 1)).sum(dim=1).float(), (b * (b - 1)).sum(dim=1).float()  # the true, the predicted one
+    expected = a_pairs * (b_pairs / (n * (n - 1)).clamp(min=1))
+    maximum = (a_pairs + b_pairs) / 2
+    return torch.where(maximum == expected, 1.0, (together - expected) / (maximum - expected))
 
 
 def minimum_cost_matching(cost):
@@ -412,7 +411,7 @@ def minimum_cost_matching(cost):
         options = best[subsets[:, None] - (1 << members)] + cost[row, members]                 # [L, row + 1, B]
         best[subsets], chosen = options.min(dim=1)
         choice[subsets] = members.gather(1, chosen)
-    subset = subsets[best[subsets].argmin(dim=0)]                             # [B], the columns that are used
+    subset = subsets[best[subsets].argmin(dim=0)]                             # [B]: of n columns, the cheapest
     cols = []
     for row in range(n):                                                      # from the last row back to the first
         cols.append(choice.gather(0, subset[None])[0])
@@ -421,9 +420,9 @@ def minimum_cost_matching(cost):
     return torch.arange(n, device=cost.device).expand_as(cols), cols
 
 
-@functools.lru_cache(maxsize=64)  # a new tensor on a GPU would make each step wait
+@functools.lru_cache(maxsize=64)  # to copy it to a GPU anew would make each step wait
 def subsets_of(m, size, device):
-    """The L subsets of range(m) with so many members: as numbers, one bit a member [L], and as members [L, size]."""
+    """The L subsets of range(m) with `size` members: as numbers, a bit for each member, [L], and as lists [L, size]."""
     members = torch.tensor(list(combinations(range(m), size)))
     return (1 << members).sum(dim=1).to(device), members.to(device)
 
@@ -434,8 +433,8 @@ def hungarian_huber_loss(pred, target):
 
     pred [B, K, F], target [B, M, F] -> scalar. Padding (rows of zeros) is matched and costs like any target;
     predictions in excess are free."""
-    cost = F.smooth_l1_loss(*torch.broadcast_tensors(pred[:, None], target[:, :, None]), reduction="none").mean(dim=3)
-    rows, cols = minimum_cost_matching(cost)                                  # cost is [B, target, pred]
+    cost = F.huber_loss(*torch.broadcast_tensors(pred[:, None], target[:, :, None]), reduction="none").mean(dim=3)
+    rows, cols = minimum_cost_matching(cost)                                  # cost [B, M, K]; both [B, min(M, K)]
     return cost[torch.arange(len(cost), device=cost.device)[:, None], rows, cols].sum(dim=1).mean()
 
 
@@ -447,20 +446,20 @@ def average_precision_clevr(pred, target, distance_threshold=math.inf):
     In the order of falling confidence (the last feature; of equals the first) each prediction takes the nearest real
     object of its image with equal size, material, shape and colour: a hit, if it is nearer than the threshold and not
     taken before. There is no second choice. NaN if there are no real objects."""
-    threshold = math.inf if distance_threshold is None or distance_threshold < 0 else distance_threshold
-    same = target[:, None, :, 18] > 0.5                                                        # [B, 1, M]
-    for start, end in ((3, 5), (5, 7), (7, 10), (10, 18)):
+    threshold = math.inf if distance_threshold < 0 else distance_threshold
+    same = target[:, None, :, 18] > 0.5                                       # [B, 1, M], real objects, and of these
+    for start, end in ((3, 5), (5, 7), (7, 10), (10, 18)):                    # its size, material, shape and colour
         same = same & (pred[:, :, None, start:end].argmax(-1) == target[:, None, :, start:end].argmax(-1))  # [B, K, M]
     distance = 6 * (pred[:, :, None, :3] - target[:, None, :, :3]).norm(dim=-1)
     distance, nearest = torch.where(same, distance, math.inf).min(dim=2)                       # [B, K]
 
-    order = pred[..., 18].flatten().argsort(descending=True, stable=True)
-    found = nearest + target.shape[1] * torch.arange(len(pred), device=pred.device)[:, None]   # which object of all
-    found, near = found.flatten()[order], (distance < threshold).flatten()[order]
+    order = pred[..., 18].flatten().argsort(descending=True, stable=True)     # all predictions of all images, [B * K]
+    objects = nearest + target.shape[1] * torch.arange(len(pred), device=pred.device)[:, None]
+    objects, close = objects.flatten()[order], (distance < threshold).flatten()[order]
     rank = torch.arange(len(order), device=pred.device)
-    first = torch.full((len(pred) * target.shape[1],), len(order), device=pred.device)
-    first.scatter_reduce_(0, found[near], rank[near], "amin")                                  # who took it first
-    hits = (near & (first[found] == rank)).double().cumsum(0)
+    taken_by = torch.full((len(pred) * target.shape[1],), len(order), device=pred.device)      # the first rank, if any
+    taken_by.scatter_reduce_(0, objects[close], rank[close], "amin")
+    hits = (close & (taken_by[objects] == rank)).double().cumsum(0)
 
     recall = hits / (target[..., 18] > 0.5).sum()
     precision = (hits / (rank + 1)).flip(0).cummax(0).values.flip(0)          # the best at this or a higher recall
@@ -478,13 +477,13 @@ def load_official_weights(model, variables):
     variables: a mapping from the checkpoint's keys ("network/layer_with_weights-0/slot_attention/slots_mu/.ATTRIBUTES/
     VARIABLE_VALUE", or only the part "slot_attention/slots_mu") to arrays, or the path to an .npz file of it, or the
     prefix of a TensorFlow checkpoint ("object_discovery/ckpt-500", for ckpt-500.index and
-    ckpt-500.data-00000-of-00001). Raises ValueError, and leaves the model as it was, if a variable is missing or of
-    another shape."""
+    ckpt-500.data-00000-of-00001). Raises ValueError, and leaves the model as it was, if a variable is missing, of
+    another shape, or in excess (strides leave no trace in the variables: whether those are right cannot be seen)."""
     if isinstance(variables, (str, Path)):
         variables = read_npz(variables) if str(variables).endswith(".npz") else read_tf_checkpoint(variables)
     keys = {key.removeprefix("network/layer_with_weights-0/").removesuffix("/.ATTRIBUTES/VARIABLE_VALUE"): key
             for key in variables}
-    state = model.state_dict()
+    state, taken = model.state_dict(), set()
 
     def take(ours, theirs, convert=lambda array: array):
         if theirs not in keys:
@@ -494,6 +493,7 @@ def load_official_weights(model, variables):
             raise ValueError(f"the official {theirs} gives {tuple(array.shape)} for {ours} {tuple(state[ours].shape)}: "
                              "it is of another model")
         state[ours] = array
+        taken.add(theirs)
 
     def gates(array):  # Keras: z, r, h in the last axis; PyTorch: r, z, n in the first
         z, r, h = np.split(np.asarray(array), 3, axis=-1)
@@ -518,12 +518,15 @@ def load_official_weights(model, variables):
             if isinstance(module, nn.Linear):
                 convert = np.transpose                                        # [in, out] -> [out, in]
             elif path.startswith("decoder") and isinstance(module, nn.Conv2d):
-                convert = lambda a: np.transpose(a[::-1, ::-1], (2, 3, 0, 1))  # noqa: E731  [k, k, out, in], flipped
-            else:
-                convert = lambda a: np.transpose(a, (3, 2, 0, 1))              # noqa: E731  also [k, k, out, in]
+                convert = lambda a: np.transpose(a[::-1, ::-1], (2, 3, 0, 1))  # noqa: E731  a transposed one's, flipped
+            else:  # [k, k, in, out] -> [out, in, k, k]; a transposed one's: [k, k, out, in] -> [in, out, k, k]
+                convert = lambda a: np.transpose(a, (3, 2, 0, 1))              # noqa: E731
             take(f"{name}.weight", f"{path}/kernel", convert)
             if module.bias is not None:
                 take(f"{name}.bias", f"{path}/bias")
+    excess = [key for key in keys if "/" in key and key not in taken and "optimizer" not in key.lower()]
+    if excess:
+        raise ValueError(f"the model has no {excess[0]}: the official weights are of another model")
     model.load_state_dict(state)
 
 
@@ -607,7 +610,9 @@ def protobuf(buffer):
         if tag & 7 == 0:
             (value,), pos = varints(buffer, 1, pos)
         else:
-            (length,), pos = varints(buffer, 1, pos) if tag & 7 == 2 else (({1: 8, 5: 4}[tag & 7],), pos)
+            length = {1: 8, 5: 4}.get(tag & 7)
+            if length is None:
+                (length,), pos = varints(buffer, 1, pos)
             value, pos = buffer[pos:pos + length], pos + length
         fields.setdefault(tag >> 3, []).append(value)
     return fields

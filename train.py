@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import inspect
 import json
 import math
 import operator
@@ -37,6 +38,9 @@ import data
 from data import say
 from slot_attention import (SetPrediction, SlotAttentionAutoEncoder, SlotAttentionClassifier, adjusted_rand_index,
                             average_precision_clevr, hungarian_huber_loss)
+
+RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(key, default)) for key, default in  # as torchrun numbers them
+                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The experiments. Each value is a flag: batch_size is --batch-size.
@@ -72,17 +76,17 @@ RECIPE = {  # the paper's for CLEVR6 (appendix E), and what each value means
     "slot_loss_from": (0, "the step that it starts from: first the slots must find the objects"),
     "eval_every": (5_000, "steps between evaluations"),
 }
-FULL_RESOLUTION = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), max_objects=10,
-                       train_count=60_000)
+PAPER_64_AND_35 = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), max_objects=10,
+                       train_count=60_000)  # at the resolutions of Multi-dSprites and Tetrominoes
 SET_PREDICTION = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), max_objects=10, eval_count=15_000, batch_size=512,
                       steps=150_000, warmup=1_000, decay_steps=50_000)
-EXPERIMENTS = {  # task -> dataset -> what differs from that
+EXPERIMENTS = {  # task -> dataset -> what differs from RECIPE
     "object_discovery": {
         "clevr": {},
         "clevr_like": {},
-        "multi_dsprites": dict(FULL_RESOLUTION, num_slots=6, resolution=64),
-        "multi_dsprites_on_colored": dict(FULL_RESOLUTION, num_slots=5, resolution=64),
-        "tetrominoes": dict(FULL_RESOLUTION, num_slots=4, resolution=35),
+        "multi_dsprites": dict(PAPER_64_AND_35, num_slots=6, resolution=64),
+        "multi_dsprites_on_colored": dict(PAPER_64_AND_35, num_slots=5, resolution=64),
+        "tetrominoes": dict(PAPER_64_AND_35, num_slots=4, resolution=35),
     },
     "set_prediction": {"clevr": SET_PREDICTION, "clevr_like": SET_PREDICTION},
 }
@@ -104,8 +108,9 @@ SMALL = {  # and with --small, for minutes on a CPU
     },
     "set_prediction": {"clevr": QUICK_SETS, "clevr_like": QUICK_SETS},
 }
-MODEL_KEYS = list(RECIPE)[:13]
-EVAL_KEYS = ("num_slots", "num_iterations", "resolution", "min_objects", "max_objects", "eval_count", "batch_size")
+MODELS = {"object_discovery": SlotAttentionAutoEncoder, "set_prediction": SlotAttentionClassifier}
+MODEL_KEYS = [key for key in RECIPE if key in inspect.signature(SlotAttentionAutoEncoder).parameters]
+EVAL_KEYS = ("num_slots", "num_iterations", "min_objects", "max_objects", "eval_count", "batch_size")  # may be typed
 # The largest values that make sense: a typing error or a damaged file has larger ones.
 LARGEST = {**dict.fromkeys(MODEL_KEYS, 1_024), "resolution": 2_048, "decoder_kernel": 15, "pixel_shuffle": 32,
            "min_objects": 10, "max_objects": 10, "train_count": 1_000_000, "eval_count": 1_000_000,
@@ -120,6 +125,7 @@ RUNTIME = {  # how a run is computed, not what; a resumed run keeps it
     "accumulate": (1, "take each batch in so many parts: less memory, the same gradient"),
     "log_every": (10, "steps between lines of the log"),
 }
+DEFAULTS = {key: value for key, (value, _) in (*RECIPE.items(), *RUNTIME.items())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,8 +135,8 @@ RUNTIME = {  # how a run is computed, not what; a resumed run keeps it
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Gives another name to write to: a kill, a full disk or an error leaves the file before it as it was."""
-    part = path.with_name(f"part-{path.name}")
+    """Gives a temporary path, which replaces `path` at the end: a kill, a full disk or an error leaves that alone."""
+    part = path.with_name(f"part-{path.name}")  # the suffix stays: it says a figure's format
     try:
         yield part
         os.replace(part, path)
@@ -161,7 +167,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint = {"optimizer": checkpoint.get("optimizer"),
                       **{key: checkpoint[key] for key in ("config", "model", "step", "seconds")}}
-        checkpoint["config"] = {**{key: value for key, (value, _) in RECIPE.items()}, **checkpoint["config"]}
+        checkpoint["config"] = {**{key: DEFAULTS[key] for key in RECIPE}, **checkpoint["config"]}  # of older runs, too
         check_config(checkpoint["config"])
         if not valid(checkpoint["step"], 0) or not valid(checkpoint["seconds"], 0.0):
             raise ValueError("its step or its time is no such thing")
@@ -185,17 +191,15 @@ def load_model(checkpoint, where):
 
 
 def load_optimizer(optimizer, checkpoint, where):
-    """Takes over Adam's running means, but not its settings: those are the config's."""
+    """Takes over Adam's running means; its settings are the config's."""
     try:
         state = checkpoint["optimizer"]["state"]
         for i, parameter in enumerate(optimizer.param_groups[0]["params"] if checkpoint["step"] else ()):
             first, second = state[i]["exp_avg"], state[i]["exp_avg_sq"]
-            if not (first.shape == second.shape == parameter.shape and (second >= 0).all()
+            if not (first.shape == second.shape == parameter.shape and (second >= 0).all() and all_finite(state[i])
                     and state[i]["step"].shape == () and state[i]["step"] > 0):
                 raise ValueError(f"the state of parameter {i}")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if not all_finite(state):
-            raise ValueError("it is not finite")
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = repr(error).splitlines()[0]
         raise ValueError(f"{where} holds an optimizer's state that does not fit its model ({reason})") from None
@@ -224,14 +228,14 @@ def read_log(content):
 def open_log(out, step):
     """Opens the log in a run's folder, cut behind its last row up to `step` (a killed run may have logged more than it
     saved, and half a line) -> a function that adds a row. Until it is closed no other process can train into the
-    folder. What came to nothing is removed."""
+    folder. If no checkpoint was written in the end, the folder is removed again."""
     if RANK > 0:
         yield lambda row: None
         return
     out.mkdir(parents=True, exist_ok=True)
     path = out / "log.jsonl"
     with open(path, "ab+", buffering=0) as file:
-        if data.try_lock(file) is False:
+        if data.try_lock(file) is False:  # None: there are no locks here
             raise ValueError(f"another process is training into {out}/: wait for it, or choose another --out")
         file.seek(0)
         file.truncate(sum(len(line) for line, row in read_log(file.read()) if row["step"] <= step))
@@ -258,12 +262,8 @@ def open_log(out, step):
 # Device, precision, processes
 # ---------------------------------------------------------------------------------------------------------------------
 
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(key, default)) for key, default in  # as torchrun numbers them
-                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-
-
 def choose_device(name):
-    name = f"cuda:{LOCAL_RANK}" if name == "cuda" and WORLD_SIZE > 1 else name
+    name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
     try:
         if torch.zeros(1, device=name).device.type in ("cuda", "cpu", "mps"):
             return torch.device(name)
@@ -301,10 +301,6 @@ def keep_freed_memory():
 
 def join_processes(config):
     """-> this process's device and dtype; under torchrun it meets the others, and each has a GPU of its own."""
-    size, parts = config["batch_size"], WORLD_SIZE * config["accumulate"]
-    if size % parts:
-        raise ValueError(f"--batch-size {size} cannot be shared out among {WORLD_SIZE} processes x "
-                         f"{config['accumulate']} parts (--accumulate): it must be a multiple of {parts}")
     device = choose_device(config["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -312,7 +308,7 @@ def join_processes(config):
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()
-    if WORLD_SIZE > 1 and not dist.is_initialized():  # the timeout: one may build a cache while the others wait
+    if WORLD_SIZE > 1:  # the timeout: one may build a cache while the others wait
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return device, choose_dtype(config["dtype"], device)
 
@@ -331,19 +327,19 @@ def over_processes(value, op=dist.ReduceOp.SUM):
 
 def build_model(config):
     """The model that a run's config describes: {key of RECIPE: value}, and its task."""
-    keys = MODEL_KEYS if config["task"] == "object_discovery" else MODEL_KEYS[:9]
-    model = SlotAttentionAutoEncoder if config["task"] == "object_discovery" else SlotAttentionClassifier
-    return model(**{key: config[key] for key in keys})
+    model = MODELS[config["task"]]
+    return model(**{key: config[key] for key in MODEL_KEYS if key in inspect.signature(model).parameters})
 
 
 def load_scenes(config, split):
     """A split of the run's dataset. The first process of each machine goes first: it builds the cache if need be."""
     count = config["train_count" if split == "train" else "eval_count"]
     keys = "resolution", "crop", "min_objects", "max_objects", "download"
-    if dist.is_initialized() and LOCAL_RANK > 0:
+    together = dist.is_initialized()  # not so when the figure is drawn, by the first process alone
+    if together and LOCAL_RANK > 0:
         dist.barrier()
     scenes = data.load(config["data"], split, config["data_root"], count, **{key: config[key] for key in keys})
-    if dist.is_initialized() and LOCAL_RANK == 0:
+    if together and LOCAL_RANK == 0:
         dist.barrier()
     size = config["batch_size"]
     if split == "train" and len(scenes) < size:
@@ -411,26 +407,28 @@ def compute_loss(output, batch, slot_loss=0.0):
 def evaluate(model, config, scenes, device, dtype, num_iterations=None):
     """-> {"eval_loss", and "ari": mean FG-ARI where there are masks, or "ap": {threshold: AP}} over a whole split, each
     process a stretch of it."""
-    parts = {key: [] for key in ("eval_loss", "slot_shares", "ari", "predictions", "targets")}  # values per scene
+    values = {key: [] for key in ("eval_loss", "slot_shares", "ari", "predictions", "targets")}  # one per scene
     generator = torch.Generator().manual_seed(0)  # the same noise at every evaluation
     slots_noise = torch.randn(len(scenes), config["num_slots"], config["slot_dim"], generator=generator)
     own = torch.arange(len(scenes)).tensor_split(WORLD_SIZE)[RANK]
-    for index in own.split(config["batch_size"] // (WORLD_SIZE * config["accumulate"])) if len(own) else ():
+    for index in own.split(config["batch_size"] // (WORLD_SIZE * config["accumulate"])):
+        if len(index) == 0:
+            break  # fewer scenes than processes
         batch = scenes.batch(index, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = model(batch["image"], slots=model.slot_attention.init_slots(slots_noise[index].to(device)),
                            num_iterations=num_iterations)
-        parts["eval_loss"].append(compute_loss(output, batch).expand(len(index)))
+        values["eval_loss"].append(compute_loss(output, batch).expand(len(index)))
         if isinstance(output, SetPrediction):
-            parts["predictions"].append(output.predictions)
-            parts["targets"].append(batch["target"])
+            values["predictions"].append(output.predictions)
+            values["targets"].append(batch["target"])
             continue
         shares = output.masks.mean(dim=(2, 3, 4))                             # [B, K]; slots have no order: sort them
-        parts["slot_shares"].append(shares.sort(dim=1, descending=True).values)
+        values["slot_shares"].append(shares.sort(dim=1, descending=True).values)
         if "label" in batch:
             true_mask = F.one_hot(batch["label"].flatten(1).long(), 11)[..., 1:]  # [B, P, 10]: without the background
-            parts["ari"].append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
-    everywhere = [{key: torch.cat(value).cpu() for key, value in parts.items() if value}]
+            values["ari"].append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
+    everywhere = [{key: torch.cat(value).cpu() for key, value in values.items() if value}]
     if WORLD_SIZE > 1:
         everywhere *= WORLD_SIZE
         dist.all_gather_object(everywhere, everywhere[0])
@@ -459,7 +457,7 @@ def describe(result):
 
 
 def train_step(model, forward, optimizer, parts, config, step, dtype):
-    """One step on this process's parts of a batch -> their mean loss, a tensor: to read it is to wait for the device.
+    """One step on this process's parts of a batch -> their mean loss, a tensor: reading its value waits for the device.
 
     forward: the model as it is called, compiled or distributed."""
     for group in optimizer.param_groups:
@@ -497,16 +495,16 @@ def train(config, out, log, checkpoint=None):
         load_optimizer(optimizer, checkpoint, out)
     step, seconds = (checkpoint["step"], checkpoint["seconds"]) if checkpoint else (0, 0.0)
 
+    def diverged(what):
+        return (f"{what} became NaN or infinite by step {step}; the checkpoint in {out}/ is from before. Try a smaller "
+                f"--lr, --clip 1, or --dtype float32, from the start or with --resume {out}")
+
     def save():
         if not (all_finite(model.state_dict()) and all_finite(optimizer.state_dict()["state"])):
             raise ValueError(diverged("the weights or the optimizer's means"))
         if RANK == 0:
             save_checkpoint(out / "checkpoint.pt", config=config, model=model.state_dict(),
                             optimizer=optimizer.state_dict(), step=step, seconds=seconds)
-
-    def diverged(what):
-        return (f"{what} became NaN or infinite by step {step}; the checkpoint in {out}/ is from before. Try a smaller "
-                f"--lr, --clip 1, or --dtype float32, from the start or with --resume {out}")
 
     if not checkpoint:
         save()  # from here on a killed run can go on, even if it is killed while its cache is built
@@ -520,7 +518,7 @@ def train(config, out, log, checkpoint=None):
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{config['data']}: {len(scenes):,} scenes, {len(held_out):,} held out; {parameters:,} parameters; "
         f"{device}{f' x {WORLD_SIZE}' * (WORLD_SIZE > 1)}, {str(dtype).removeprefix('torch.')}; writing to {out}/")
-    if "label" not in held_out.arrays:
+    if config["task"] == "object_discovery" and "label" not in held_out.arrays:
         say("this dataset has no masks, so there is no FG-ARI")
 
     stop = []  # the signal that asked for it
@@ -578,6 +576,7 @@ def benchmark(config):
     there), the same for the plain model (float32, NCHW, eager, PyTorch's usual layers), and matrix products for
     comparison. All are timed in turn, so that what else the machine does slows all alike. The model's floating point
     operations are those of the plain layers, but without the work that Decoder.first_layer saves."""
+    config = {**config, "slot_loss_from": 0}  # the loss of most of the training
     device, dtype = join_processes(config)
     wait = getattr(torch, device.type).synchronize
     model, forward, optimizer = training_setup(build_model(config), config, device)
@@ -659,12 +658,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def valid(value, example, largest=None):
-    """Whether a value, typed or from a file, is of its example's type and in the range that makes sense."""
+    """Whether a value, typed or from a file, has its default's type and is in the range that makes sense."""
     if isinstance(example, tuple):
         return type(value) is tuple and 1 <= len(value) <= 16 and all(valid(part, 1, 16) for part in value)
     if type(value) is not type(example) or isinstance(example, (bool, str)):
         return type(value) is type(example)
-    least = 0 if example in (0, RECIPE["warmup"][0]) else 1 if isinstance(example, int) else sys.float_info.min
+    zero = example in (0, RECIPE["warmup"][0])  # makes sense where it is the default, and for the warm-up
+    least = 0 if zero else 1 if isinstance(example, int) else sys.float_info.min
     return least <= value <= (largest or (10 ** 9 if isinstance(example, int) else sys.float_info.max))
 
 
@@ -687,13 +687,13 @@ def parse_value(example, largest=None):
 
 def check_config(config):
     """Raises ValueError for values, and pairs of them, that make no run."""
-    for key, (example, _) in (*RECIPE.items(), *RUNTIME.items()):
+    for key, example in DEFAULTS.items():
         if not valid(config.get(key, example), example, LARGEST.get(key)):
             raise ValueError(f"{key} cannot be {str(config[key])[:50]!r}")
     task, name, low, high = (config[key] for key in ("task", "data", "min_objects", "max_objects"))
     if not (name in EXPERIMENTS.get(task, ()) and config["crop"] in ("paper", "official", "none")
             and valid(config["seed"], 0) and config.get("dtype", "auto") in DTYPES):
-        raise ValueError("its task, data, crop, seed or dtype is none that there is")
+        raise ValueError(f"there is no --task {task} for --data {name}, or no such crop, seed or dtype")
     if low > high or (name == "clevr_like" and high < 3):
         why = " (CLEVR's have 3 or more)" * (low <= high)
         raise ValueError(f"--min-objects {low} --max-objects {high} leaves no scene{why}")
@@ -738,7 +738,8 @@ def check_flags(args):
                     *(key for key in RECIPE if key not in EVAL_KEYS)),
            "seeds": ("seed",), None: ()}[mode]
     for key in odd:
-        if vars(args).get(key) not in (None, False):
+        value = vars(args).get(key)
+        if value is not None and value is not False:
             raise ValueError(f"{flag(key)} and --{mode} do not go together")
     if args.seeds and (len(set(args.seeds)) < len(args.seeds) or WORLD_SIZE > 1):
         raise ValueError("--seeds takes different seeds, and no torchrun: start that for each --seed")
@@ -748,7 +749,7 @@ def make_config(args, checkpoint=None):
     """The run's config: the paper's recipe, the experiment's differences from it, and over both what was typed; with a
     checkpoint, what that says in place of the recipe."""
     typed = {key: value for key, value in vars(args).items() if key in RECIPE or key in RUNTIME}
-    config = {key: value for key, (value, _) in (*RECIPE.items(), *RUNTIME.items())}
+    config = dict(DEFAULTS)
     if checkpoint:
         typed.update({"data": args.data} if args.data else {})
         config.update({key: value for key, value in checkpoint["config"].items()
@@ -764,10 +765,16 @@ def make_config(args, checkpoint=None):
             known = ", ".join(EXPERIMENTS[task])
             raise ValueError(f"there is no --task {task} for --data {name}; there is for {known}")
         config.update(EXPERIMENTS[task][name], **(SMALL[task][name] if small else {}))
+        if args.official_crop and (name, task) != ("clevr", "object_discovery"):
+            raise ValueError("--official-crop is for object discovery on CLEVR: --data clevr")
         crop = "none" if task == "set_prediction" else "official" if args.official_crop else "paper"
         config.update(data=name, task=task, seed=args.seed or 0, crop=crop)
     config.update(typed)
     check_config(config)
+    size, pieces = config["batch_size"], WORLD_SIZE * config["accumulate"]
+    if size % pieces:
+        raise ValueError(f"--batch-size {size} cannot be shared out among {WORLD_SIZE} processes x "
+                         f"{config['accumulate']} parts (--accumulate): it must be a multiple of {pieces}")
     return config
 
 
@@ -780,26 +787,32 @@ def train_and_draw(config, out, checkpoint=None):
             visualize.main([str(out)])
             say(f"look at {out}/figure.png; evaluate with: python train.py --eval {out}")
     except KeyboardInterrupt:  # before the first step or after the last: the loop between has its own way
-        say(f"stopped; to go on: python train.py --resume {out}")
+        say("stopped" + f"; to go on: python train.py --resume {out}" * (out / "checkpoint.pt").exists())
         sys.exit(130)
 
 
 def train_seeds(args, name):
     """One run per seed, into NAME-seed0 and so on. Runs that are there already go on, or are taken as they are."""
-    runs = []
-    for args.seed in args.seeds:  # make_config reads it
+    runs = {}
+
+    def checkpoint_of(out):
+        return load_checkpoint(out) if (out / "checkpoint.pt").exists() else None
+
+    for args.seed in args.seeds:  # all are looked at before the first is trained; make_config reads the seed
         out, config = name.with_name(f"{name.name}-seed{args.seed}"), make_config(args)
-        checkpoint = load_checkpoint(out) if (out / "checkpoint.pt").exists() else None
-        for key in config if checkpoint else ():
-            if key not in RUNTIME and checkpoint["config"][key] != config[key]:
-                raise ValueError(f"{out}/ holds a run with {key} = {checkpoint['config'][key]}, not {config[key]}: "
-                                 "choose another --out")
-        runs.append((config, out, checkpoint))
-    for config, out, checkpoint in runs:
+        checkpoint = checkpoint_of(out)
+        if checkpoint:
+            for key in config:
+                if key not in RUNTIME and checkpoint["config"][key] != config[key]:
+                    raise ValueError(f"{out}/ holds a run with {key} = {checkpoint['config'][key]}, not {config[key]}: "
+                                     "choose another --out")
+        runs[out] = config
+    for out, config in runs.items():
+        checkpoint = checkpoint_of(out)
         if not (checkpoint and checkpoint["step"] >= config["steps"] and (out / "figure.png").exists()):
             train_and_draw(config, out, checkpoint)
     results = []
-    for seed, (_, out, _) in zip(args.seeds, runs):
+    for seed, out in zip(args.seeds, runs):
         row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
         metrics = {"FG-ARI": row.get("ari"), "held-out loss": row["eval_loss"],
                    **{f"AP % at {key}": 100 * ap for key, ap in row.get("ap", {}).items()}}
@@ -809,11 +822,6 @@ def train_seeds(args, name):
         values = torch.tensor([result[key] for result in results], dtype=torch.float64)
         std = values.std(correction=min(1, len(values) - 1))
         print(f"{key}: {values.mean():.4f} ± {std:.4f} over {len(values)} seeds")
-
-
-def free_name(path):
-    names = [path] + [path.with_name(f"{path.name}-{i}") for i in range(2, 1000)]
-    return next(name for name in names if not (name / "checkpoint.pt").exists())
 
 
 def print_evaluation(args):
@@ -847,7 +855,10 @@ def main(argv=None):
         if args.seeds:
             return train_seeds(args, name)
         if not args.resume:
-            out = name if args.out else free_name(name)
+            out, number = name, 1
+            while not args.out and (out / "checkpoint.pt").exists():
+                number += 1
+                out = name.with_name(f"{name.name}-{number}")
             if RANK == 0 and (out / "checkpoint.pt").exists():
                 raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
             return train_and_draw(make_config(args), out)

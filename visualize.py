@@ -52,8 +52,8 @@ def colored(weights):
 
 
 def attention_over(image, attn):
-    """image [3, H, W], attn [K, h, w] -> attn [K, H, W], each cell a block of pixels (nothing is smoothed), and each
-    slot's in its colour over the greyed image [K, H, W, 3]."""
+    """image [3, H, W], attn [K, h, w] -> attn [K, H, W], each cell a block of pixels (nothing is smoothed), and for
+    each slot the grey image tinted with its colour [K, H, W, 3]."""
     attn = F.interpolate(attn[None].float(), image.shape[1:], mode="nearest-exact")[0]        # [K, H, W]
     grey = to_rgb(image).mean(-1, keepdim=True) * 0.6 + 0.2                                    # [H, W, 1]
     return attn, grey + attn[..., None] * (COLORS[:len(attn), None, None] - grey)
@@ -86,8 +86,8 @@ def follow(model, frames, noise, num_iterations):
 
 
 def figure_blocks(subjects, panels):
-    """subjects: (labels [B], frames, outputs) each, as of `follow`; panels: of a, b, c, clip -> blocks for `draw`. (a)
-    shows every scene at the end, the others the first scene of each subject through time."""
+    """subjects: of each run (labels of its scenes [B], frames, outputs of `follow`); panels: of a, b, c, clip -> blocks
+    for `draw`. (a) shows every scene at the end, the others the first scene of each run through time."""
     blocks = []
     for panel in panels:
         if panel == "a":
@@ -133,7 +133,7 @@ def draw(blocks, figure=None):
 def save_gif(subjects, step, out):
     """Every scene through time as an animated GIF, which rests on its end."""
     movie = []
-    for t in range(1, 1 + min(len(frames) for _, frames, _ in subjects)):
+    for t in range(1, 1 + max(len(frames) for _, frames, _ in subjects)):
         until_t = [(labels, frames[:t], outputs[:t]) for labels, frames, outputs in subjects]
         (_, head, rows), = figure_blocks(until_t, "a")
         movie.append([(f"{step} {t}", head, rows)])
@@ -180,8 +180,8 @@ def figure_set_prediction(model, images, target, noise, num_iterations):
             axis.spines[:].set(color=colors[k], linewidth=2)
             words, right, start = [], t[18] > 0.5 and 6 * (p[:3] - t[:3]).norm() < 1, 3
             for names in data.CLEVR_TARGETS.values():
-                said, true = (x[start:start + len(names)].argmax() for x in (p, t))
-                words, right, start = words + [names[said]], right and said == true, start + len(names)
+                said, wanted = (x[start:start + len(names)].argmax() for x in (p, t))
+                words, right, start = words + [names[said]], right and said == wanted, start + len(names)
             if p[18] < 0.5:
                 sign, caption = "–" if t[18] < 0.5 else "✗", "no object"
             else:
@@ -242,8 +242,7 @@ def load(run, official):
     if not official:
         checkpoint = train.load_checkpoint(run)
         return checkpoint["config"], train.load_model(checkpoint, run)
-    config = {key: value for key, (value, _) in train.RECIPE.items()}
-    config.update(data="clevr", task="object_discovery", crop="official", data_root="data")
+    config = dict(train.DEFAULTS, data="clevr", task="object_discovery", crop="official")
     model = train.build_model(config)
     try:
         load_official_weights(model, official)
@@ -303,13 +302,14 @@ def make_figure(args, runs, animated):
     for run in runs:
         config, model = load(run, args.official)
         model.slot_attention.implicit = False  # without gradients its last iteration is one like the others
-        num_iterations, target = args.num_iterations or config["num_iterations"] + config["implicit"], None
+        num_iterations = args.num_iterations or config["num_iterations"] + config["implicit"]  # T, or T + 1 as trained
+        target = None
         if panel == "clip":
             if (config["data"], config["task"]) != ("tetrominoes", "object_discovery"):
                 raise ValueError(f"--figure clip shows moving Tetrominoes, but {run} is of {config['data']}")
             clip = data.Scenes(data.make_moving_tetrominoes(1, args.count or 8, seed=args.seed)["image"][0])
             frames = list(clip.batch(torch.arange(len(clip)))["image"][:, None])
-        elif args.images:
+        elif args.images:  # a still picture is a clip of T equal frames, at one iteration a frame
             frames = num_iterations * [load_pictures(args.images, config)]
         else:
             root = args.data_root or config["data_root"]
@@ -346,6 +346,8 @@ def main(argv=None):
         name = "curve.png" if args.figure == "curve" else "figure.png"
         out = Path(args.out) if args.out else (folder if len(runs) == 1 else Path()) / name
         out = out if out.suffix else out.with_suffix(".png")
+        if out.suffix == ".gif" and args.figure in ("b", "c", "curve"):
+            raise ValueError(f"{out}: --figure {args.figure} does not move; a .gif shows --figure a or clip")
         save = make_figure(args, runs, animated=out.suffix == ".gif")
         with train.whole_file(out) as part:
             save(part)
