@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -482,12 +483,14 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
     if name == "multi_dsprites" and resolution != 64:
         raise ValueError(f"generated Multi-dSprites are of 64 x 64 pixels, not {resolution}: leave --resolution out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    rendering = threading.Semaphore(4 if device == "cuda" else 1_000)  # of many cores' threads few fit on one GPU
 
     def prepare(start):
         number = min(size, count - start)
         if name == "clevr_like":
-            scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects,
-                                     crop != "none", device)
+            with rendering:
+                scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects,
+                                         crop != "none", device)
             target = {"target": np.stack([clevr_target({k: v[i] for k, v in scenes.items()}) for i in range(number)])}
         else:
             scenes, target = make_multi_dsprites(number, (seed, start)), {}
