@@ -534,10 +534,12 @@ def read_npz(path):
     """{key: array}. No code in the file is run. Raises OSError or ValueError."""
     try:
         with np.load(path) as file:
+            if not file.files:  # of a damaged directory
+                raise ValueError
             return dict(file)
-    except OSError:
-        raise
     except Exception as error:  # numpy has many ways to say it: zip, zlib, key, type, memory and end-of-file errors
+        if isinstance(error, OSError) and error.filename:  # missing, or not to be read
+            raise
         raise ValueError(f"{path} is damaged or no .npz file ({type(error).__name__})") from None
 
 

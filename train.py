@@ -95,8 +95,8 @@ QUICK = dict(implicit=True, encoder_channels=32, batch_size=32, lr=2e-3, warmup=
 QUICK_DISCOVERY = dict(QUICK, decoder_channels=32, decoder_strides=(1, 1), slot_loss=0.5)
 QUICK_64 = dict(QUICK_DISCOVERY, learned_queries=True, resolution=64, encoder_strides=(1, 2, 1), pixel_shuffle=4,
                 slot_loss_from=2_000, steps=6_000, decay_steps=1_500, train_count=10_000)
-QUICK_DSPRITES = dict(QUICK_64, train_count=40_000, batch_size=16, steps=12_000, decay_steps=3_000, slot_loss_from=2_500,
-                      eval_every=1_000)
+QUICK_DSPRITES = dict(QUICK_64, train_count=40_000, batch_size=16, steps=12_000, decay_steps=3_000,
+                      slot_loss_from=2_500, eval_every=1_000)
 QUICK_SETS = dict(QUICK, learned_queries=True, encoder_strides=(2, 2, 2, 1), train_count=10_000, eval_count=1_000,
                   steps=8_000, decay_steps=2_000)
 SMALL = {  # and with --small, for minutes on a CPU
