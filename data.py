@@ -14,6 +14,7 @@ import shutil
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -39,9 +40,10 @@ class Scenes:
 
     image [n, H, W, 3] uint8; label [n, H, W] uint8, the entity that each pixel belongs to, 0 = background (None for the
     original CLEVR, which has no masks); target [n, 10, 19] float32 (CLEVR only, see `clevr_target`).
-    index: which of them make up the split; all if not given."""
+    index: which of them make up the split; all if not given. source: what they are, in words."""
 
-    def __init__(self, image, label=None, target=None, index=None):
+    def __init__(self, image, label=None, target=None, index=None, source=""):
+        self.source = source
         self.arrays = {"image": image, "label": label, "target": target}
         self.arrays = {key: torch.as_tensor(array) for key, array in self.arrays.items() if array is not None}
         self.index = torch.arange(len(image)) if index is None else torch.as_tensor(index)
@@ -54,15 +56,22 @@ class Scenes:
         size = sum(array[0].numel() * array.element_size() * len(self) for array in self.arrays.values())
         if torch.device(device).type != "cuda" or size > 0.5 * torch.cuda.mem_get_info(device)[0]:
             return self
-        return Scenes(**{key: array[self.index].to(device) for key, array in self.arrays.items()})
+        arrays = {key: array[self.index].to(device) for key, array in self.arrays.items()}
+        return Scenes(**arrays, source=self.source)
 
     def batch(self, index, device="cpu"):
         """index [B] within the split -> image [B, 3, H, W] float32 in [-1, 1], channels last in memory; and of what the
         dataset has, label [B, H, W] uint8 and target [B, 10, 19]; all on the device."""
-        index = self.index[index]
-        batch = {key: array[index.to(array.device)].to(device, non_blocking=True) for key, array in self.arrays.items()}
+        index = put(self.index[index], self.arrays["image"].device)
+        batch = {key: put(array[index], device) for key, array in self.arrays.items()}
         batch["image"] = batch["image"].permute(0, 3, 1, 2).float().mul_(2 / 255).sub_(1)
         return batch
+
+
+def put(x, device):
+    """A tensor on a device; to CUDA by way of pinned memory, since else the copy waits for all the work there."""
+    pinned = torch.device(device).type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
 
 
 # dataset -> (the official file's name without its end, the first scenes of it that are for training, resolution)
@@ -96,7 +105,8 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
         return generate(name, split, root, count or train_count, resolution, crop, min_objects, max_objects)
     arrays = cached(root / "cache" / f"{name}-{resolution}", [*source, resolution, crop], jobs, prepare)
     objects = arrays.pop("objects")
-    return Scenes(**arrays, index=choose(objects, split, train_count, count, min_objects, max_objects))
+    index = choose(objects, split, train_count, count, min_objects, max_objects)
+    return Scenes(**arrays, index=index, source=Path(source[0]).name)
 
 
 def choose(objects, split, train_count, count, min_objects, max_objects):
@@ -269,9 +279,15 @@ def clevr_v1_source(root, resolution, crop, download):
     and val, one after the other."""
     folder = next((f for f in (root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if f.exists()), None)
     if folder is None and download:
-        say(f"downloading CLEVR_v1.0 into {root / 'clevr'}: 18 GB, and as much again to unpack")
-        torchvision.datasets.CLEVRClassification(root, download=True)
-        folder = root / "clevr" / "CLEVR_v1.0"
+        part, folder = root / "CLEVR_v1.0.part", root / "CLEVR_v1.0"
+        say(f"downloading CLEVR_v1.0 into {part}: 18 GB, and as much again to unpack")
+        shutil.rmtree(part / "clevr" / "CLEVR_v1.0", ignore_errors=True)  # half unpacked; what was fetched is kept
+        try:
+            torchvision.datasets.CLEVRClassification(part, download=True)
+        except (RuntimeError, zipfile.BadZipFile) as error:
+            raise OSError(f"the download failed ({error}): start it again") from None
+        (part / "clevr" / "CLEVR_v1.0").rename(folder)
+        shutil.rmtree(part, ignore_errors=True)
     if folder is None:
         raise FileNotFoundError(
             f"no CLEVR in {root}/: put clevr_with_masks_train.tfrecords there (10.5 GB, with masks; from {BUCKET}/"
@@ -350,7 +366,12 @@ def resize(picture, resolution, crop="none"):
 
 def say(line, end="\n"):
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first
-        print(line, end=end, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a closed terminal or pipe is no reason to stop
+            print(line, end=end, file=sys.stderr, flush=True)
+
+
+def on_terminal():
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def stamp(file):
@@ -387,9 +408,10 @@ def cached(folder, settings, jobs, prepare):
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         for stale in folder.parent.glob("*.part"):  # NAME.PID.part of a killed build; a living one has NAME.lock
-            with open(f"{str(stale).rsplit('.', 2)[0]}.lock", "w") as other:
-                if try_lock(other):
-                    shutil.rmtree(stale, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another person's
+                with open(f"{str(stale).rsplit('.', 2)[0]}.lock", "w") as other:
+                    if try_lock(other):
+                        shutil.rmtree(stale, ignore_errors=True)
         with open(lock, "w") as file:
             if try_lock(file) is False:
                 say(f"another process is building the cache {folder}: waiting for it")
@@ -449,7 +471,7 @@ def write_cache(folder, jobs, prepare):
                             shapes[key] = [str(array.dtype), array.shape[1:]]
                         files[key].write(np.ascontiguousarray(array))
                     count += len(array)
-                if sys.stderr.isatty():
+                if on_terminal():
                     say(f"\r{count:,} scenes, {count / (time.time() - start):,.0f}/s", end="")
     finally:
         torch.set_num_threads(threads)
@@ -467,23 +489,27 @@ def write_cache(folder, jobs, prepare):
 # Generated scenes
 # ---------------------------------------------------------------------------------------------------------------------
 
+GENERATORS = 1  # another number, if ever they draw other scenes: old caches are then not used
+
+
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
     """Scenes by the law of a dataset: Tetrominoes anew each time (seconds), the others by way of the cache."""
     seed, size = 1 if split == "train" else 2, 32  # the splits are the same in every run
+    source = f"generated {name}"
     if name == "tetrominoes":
         if resolution != 35 or not min_objects <= 3 <= max_objects:
             raise ValueError("generated Tetrominoes are of 35 x 35 pixels with 3 objects: leave --resolution, "
                              "--min-objects and --max-objects out")
         say(f"tetrominoes: no file in {root}/, so {count:,} {split} scenes are generated by the same law")
         scenes = make_tetrominoes(count, seed)
-        return Scenes(scenes["image"], scenes["mask"].argmax(1).astype(np.uint8))
+        return Scenes(scenes["image"], scenes["mask"].argmax(1).astype(np.uint8), source=source)
     if name == "multi_dsprites_on_colored":
         raise FileNotFoundError(f"no {DATA[name][0]}.tfrecords in {root}/ (from {BUCKET}/multi_dsprites/); "
                                 "--data multi_dsprites needs no files")
     if name == "multi_dsprites" and resolution != 64:
         raise ValueError(f"generated Multi-dSprites are of 64 x 64 pixels, not {resolution}: leave --resolution out")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rendering = threading.Semaphore(4 if device == "cuda" else 1_000)  # of many cores' threads few fit on one GPU
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # other threads ask for 0
+    rendering = threading.Semaphore(1_000 if device == "cpu" else 4)  # of many cores' threads few fit on one GPU
 
     def prepare(start):
         number = min(size, count - start)
@@ -501,8 +527,9 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
 
     if name == "multi_dsprites":
         say(f"multi_dsprites: no {DATA[name][0]}.tfrecords in {root}/, so {count:,} {split} scenes are look-alikes")
-    settings = [name, split, count, resolution, crop, min_objects, max_objects]
-    return Scenes(**cached(root / "cache" / f"{name}-{split}-{resolution}", settings, range(0, count, size), prepare))
+    settings = [GENERATORS, name, split, count, resolution, crop, min_objects, max_objects]
+    folder = root / "cache" / f"{name}-{split}-{resolution}"
+    return Scenes(**cached(folder, settings, range(0, count, size), prepare), source=source)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class SlotAttention(nn.Module):
         num_iterations = self.num_iterations if num_iterations is None else num_iterations
 
         attns = []
-        with torch.autocast(k.device.type, enabled=False):                    # the iterations keep full precision
+        with torch.autocast(k.device.type, enabled=False):                    # the iterations stay in float32
             k, v = k.to(slots.dtype), v.to(slots.dtype)
             if self.implicit:
                 init, slots = slots, slots.detach()

@@ -992,7 +992,8 @@ def test_every_experiment_has_a_small_recipe():
     ("--resume x --small", "--small"), ("--resume x --seed 1", "--seed"),
     ("--resume x --task set_prediction", "--task"),
     ("--eval x --lr 1", "--lr"), ("--eval x --out y", "--out"), ("--eval x --steps 3", "--steps"),
-    ("--eval x --resolution 64", "--resolution"), ("--resume x --seed 0", "--seed"),
+    ("--eval x --resolution 64", "--resolution"), ("--resume x --seed 0", "--seed"), ("--resume=", "empty"),
+    ("--task set_prediction --data clevr_like --decoder-kernel 3", "--decoder-kernel"),
     ("--data clevr_like --official-crop", "--official-crop"), ("--seeds 0 0", "different"),
     ("--seeds 0 --seed 1", "--seed"), ("--seeds 0 --resume x", "--seeds"), ("--seeds x", "--seeds"),
     ("--resolution 64", "--resolution"),
@@ -1269,10 +1270,13 @@ def test_figures_of_all_kinds(tmp_path, capsys, monkeypatch):
                            (f"{demo} --figure clip --images own.png", "--images"),
                            (f"{demo} --out nowhere/a.png", "nowhere"), (f"{demo} --out nowhere/a.gif", "nowhere"),
                            (f"{demo} --out a.xyz", "xyz"),
-                           (f"{demo} --figure b --out b.gif", "does not move")]:
+                           (f"{demo} --figure b --out b.gif", "does not move"),
+                           (f"{demo} --images own.png --count 2", "--count"),
+                           (f"{demo} --figure curve --num-slots 3", "--num-slots"), ("typo --figure curve", "typo")]:
         with pytest.raises(SystemExit) as stop:
             visualize.main(flags.split())
         assert stop.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1], flags
+        assert not list(tmp_path.glob("part-*")), flags
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1348,6 +1352,54 @@ def test_full_disk_loses_nothing(tmp_path):
                content in before.items()) and not list(out.glob("part-*"))
     train.main(go_on)
     assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_goes_on_with_what_it_began_with(tmp_path, capsys, monkeypatch):
+    """Its log, also without a checkpoint or with a damaged line; its data; and nobody who reads its messages."""
+    out, root = tmp_path / "run", tmp_path / "data"
+    train.main([*TINY, "--steps", "3", "--data-root", str(root), "--out", str(out)])
+    log = (out / "log.jsonl").read_bytes()
+    lines = log.splitlines(keepends=True)
+    (out / "log.jsonl").write_bytes(lines[0] + b"\0\0\0\n" + lines[2])  # a middle line is lost, the others stay
+    train.main(["--resume", str(out), "--steps", "4"])
+    assert [row["step"] for _, row in train.read_log((out / "log.jsonl").read_bytes())] == [1, 3, 4]
+    root.mkdir()
+    (root / "tetrominoes_train.tfrecords").write_bytes((ASSETS / "tfrecords/tetrominoes_sample.tfrecords").read_bytes())
+    before = (out / "checkpoint.pt").read_bytes()
+    assert "generated tetrominoes" in refused_last(capsys, ["--resume", str(out), "--steps", "5", "--batch-size", "1"])
+    assert (out / "checkpoint.pt").read_bytes() == before
+    (out / "checkpoint.pt").unlink()
+    log = (out / "log.jsonl").read_bytes()
+    assert "checkpoint.pt is gone" in refused_last(capsys, [*TINY, "--out", str(out)])
+    assert (out / "log.jsonl").read_bytes() == log
+    command = [sys.executable, str(HERE / "train.py"), *TINY, "--steps", "3", "--out", str(tmp_path / "unheard")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert subprocess.run(command, stderr=writer, stdout=subprocess.DEVNULL).returncode == 0
+    os.close(writer)
+    assert train.load_checkpoint(tmp_path / "unheard")["step"] == 3
+
+
+def test_no_picture_runs_a_program(tmp_path, capsys, monkeypatch):
+    """Pillow goes by a file's content, and hands PostScript to Ghostscript."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'it_ran'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    Image.new("RGB", (50, 40)).save(tmp_path / "photo.png", format="EPS")
+    with pytest.raises(OSError), Image.open(tmp_path / "photo.png") as picture:
+        picture.load()
+    assert (tmp_path / "it_ran").exists()  # the danger is real
+    (tmp_path / "it_ran").unlink()
+    flags = [str(ASSETS / "demo.pt"), "--images", str(tmp_path / "photo.png"), "--out", str(tmp_path / "a.png")]
+    assert "photo.png" in refused(capsys, visualize.main, flags)
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_seeds_with_a_log_that_is_gone(tmp_path, capsys):
+    flags = [*TINY, "--steps", "3", "--out", str(tmp_path / "run"), "--seeds", "4"]
+    train.main(flags)
+    (tmp_path / "run-seed4" / "log.jsonl").write_bytes(b"")
+    assert "does not end with an evaluation" in refused_last(capsys, flags)
 
 
 def test_seeds_are_runs_and_go_on(tmp_path, capsys):

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from data import say
+from data import on_terminal, say
 from slot_attention import (SetPrediction, SlotAttentionAutoEncoder, SlotAttentionClassifier, adjusted_rand_index,
                             average_precision_clevr, hungarian_huber_loss)
 
@@ -123,7 +123,7 @@ RUNTIME = {  # how a run is computed, not what; a resumed run keeps it
     "download": (False, "fetch CLEVR_v1.0 if there is no CLEVR"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", "cuda, cpu or mps"),
     "dtype": ("auto", "auto, float32 or bfloat16; auto: bfloat16 where the hardware has it"),
-    "compile": (torch.cuda.is_available(), "torch.compile"),
+    "compile": (torch.cuda.is_available(), "torch.compile, on CUDA (on a CPU it takes minutes and gains nothing)"),
     "accumulate": (1, "take each batch in so many parts: less memory, the same gradient"),
     "log_every": (10, "steps between lines of the log"),
 }
@@ -138,12 +138,19 @@ DEFAULTS = {key: value for key, (value, _) in (*RECIPE.items(), *RUNTIME.items()
 @contextlib.contextmanager
 def whole_file(path):
     """Gives a temporary path, which replaces `path` at the end: a kill, a full disk or an error leaves that alone."""
-    part = path.with_name(f"part-{path.name}")  # the suffix stays: it says a figure's format
+    part, ours = path.with_name(f"part-{path.name}"), False  # the suffix stays: it says a figure's format
     try:
-        yield part
+        with open(part, "ab") as file:
+            if data.try_lock(file) is False:
+                raise ValueError(f"another process is writing {path}: wait for it")
+            ours = True
+            yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into a RuntimeError
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        if ours:
+            part.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch's zip writer turns a full disk into a RuntimeError
+            raise
         reason = str(error).splitlines()[0]
         raise OSError(f"cannot write {path} ({reason}); what was there before is as it was") from None
 
@@ -214,16 +221,18 @@ def all_finite(state):
 
 
 def read_log(content):
-    """The lines of a log.jsonl's content and their rows. A killed run's last line may be cut."""
+    """The rows of a log.jsonl's content, each with the place where it ends. What is no row is left out: a killed run's
+    last line may be cut."""
+    end = 0
     for line in content.splitlines(keepends=True):
+        end += len(line)
         try:
             row = json.loads(line)
             good = valid(row["step"], 0) and valid(row["loss"], 0.0) and valid(row["seconds"], 0.0)
-            if not (good and line.endswith(b"\n")):
-                return
         except (ValueError, KeyError, TypeError):
-            return
-        yield line, row
+            good = False
+        if good and line.endswith(b"\n"):
+            yield end, row
 
 
 @contextlib.contextmanager
@@ -240,7 +249,10 @@ def open_log(out, step):
         if data.try_lock(file) is False:  # None: there are no locks here
             raise ValueError(f"another process is training into {out}/: wait for it, or choose another --out")
         file.seek(0)
-        file.truncate(sum(len(line) for line, row in read_log(file.read()) if row["step"] <= step))
+        rows = list(read_log(file.read()))
+        if rows and step < 0:
+            raise ValueError(f"{out}/ holds the log of a run whose checkpoint.pt is gone: choose another --out")
+        file.truncate(max((end for end, row in rows if row["step"] <= step), default=0))
 
         def add(row):
             line = json.dumps(row).encode() + b"\n"
@@ -255,8 +267,8 @@ def open_log(out, step):
             yield add
         finally:
             if not (out / "checkpoint.pt").exists():
-                path.unlink()
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # Windows removes no open file
+                    path.unlink()
                     out.rmdir()
 
 
@@ -363,7 +375,7 @@ def own_parts(x, config):
 def training_setup(model, config, device):
     """-> model, on its device; forward, the same as training calls it: compiled and distributed; its optimizer."""
     model = model.to(device, memory_format=torch.channels_last)
-    forward = torch.compile(model) if config["compile"] else model
+    forward = torch.compile(model) if config["compile"] and device.type == "cuda" else model
     if WORLD_SIZE > 1:  # averages the gradients over the processes during backward
         forward = DistributedDataParallel(forward)
     return model, forward, torch.optim.Adam(model.parameters(), lr=0.0, betas=(0.9, config["beta2"]), fused=True)
@@ -373,8 +385,7 @@ def noise(config, step, device):
     """The slots' initial noise [B, K, D] of a training step, the same after a resume, in this process's parts."""
     generator = torch.Generator().manual_seed(config["seed"] * 1_000_003 + step)
     x = torch.randn(config["batch_size"], config["num_slots"], config["slot_dim"], generator=generator)
-    x = x.pin_memory() if device.type == "cuda" else x  # else the copy waits for the device
-    return own_parts(x.to(device, non_blocking=True), config)
+    return own_parts(data.put(x, device), config)
 
 
 def batches(config, scenes, step, device):
@@ -511,12 +522,14 @@ def train(config, out, log, checkpoint=None):
     if not checkpoint:
         save()  # from here on a killed run can go on, even if it is killed while its cache is built
     try:
-        scenes = load_scenes(config, "train").to(device)
-        held_out = load_scenes(config, "eval").to(device)
+        scenes, held_out = load_scenes(config, "train"), load_scenes(config, "eval")
     except (OSError, ValueError):
         if not checkpoint and RANK == 0:  # nothing began
             (out / "checkpoint.pt").unlink()
         raise
+    if config.setdefault("source", scenes.source) != scenes.source:
+        raise ValueError(f"{out} was trained on {config['source']}, but here is {scenes.source}: see --data-root")
+    scenes, held_out = scenes.to(device), held_out.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{config['data']}: {len(scenes):,} scenes, {len(held_out):,} held out; {parameters:,} parameters; "
         f"{device}{f' x {WORLD_SIZE}' * (WORLD_SIZE > 1)}, {str(dtype).removeprefix('torch.')}; writing to {out}/")
@@ -524,8 +537,10 @@ def train(config, out, log, checkpoint=None):
         say("this dataset has no masks, so there is no FG-ARI")
 
     stop = []  # the signal that asked for it
-    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signals.append(signal.SIGHUP)
+    handlers = {number: signal.signal(number, lambda number, frame: stop.append(number)) for number in signals}
 
     result, total, since, clock = {}, torch.zeros((), device=device), step, time.perf_counter()
     for parts in batches(config, scenes, step, device):
@@ -552,8 +567,8 @@ def train(config, out, log, checkpoint=None):
         left = seconds / step * (config["steps"] - step)
         line = (f"step {step:,}/{config['steps']:,}  loss {row['loss']:.5f}  {images / elapsed:,.0f} images/s  "
                 f"{clock_time(left)} left  {describe(result)}")
-        if at_eval or sys.stderr.isatty():
-            say(f"\r{line:100}" if sys.stderr.isatty() else line, end="\n" if at_eval else "")
+        if at_eval or on_terminal():
+            say(f"\r{line:100}" if on_terminal() else line, end="\n" if at_eval else "")
         if at_eval or stopped:
             save()
         if stopped:
@@ -591,6 +606,8 @@ def benchmark(config):
     plain_optimizer = torch.optim.Adam(plain.parameters())
     count = min(config["train_count"], 2 * config["batch_size"])
     scenes = load_scenes({**config, "train_count": count}, "train").to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what drawing the scenes took is not the step's
     stream = batches(config, scenes, 0, device)
     parts = next(stream)
     plain_parts = [{**batch, "image": batch["image"].contiguous()} for batch in parts]
@@ -605,8 +622,10 @@ def benchmark(config):
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:
-        import resource  # not on Windows
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        memory = math.nan
+        with contextlib.suppress(ImportError):
+            import resource  # not on Windows
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     size = 2048 if device.type == "cpu" else 8192
     for name in ("bfloat16", "float32"):
         x = torch.randn(size, size, device=device, dtype=getattr(torch, name))
@@ -655,8 +674,26 @@ class Parser(argparse.ArgumentParser):
         if LOCAL_RANK > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10 * LOCAL_RANK)
-        print(f"{self.prog}: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be listening
+            print(f"{self.prog}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+    @contextlib.contextmanager
+    def one_line_errors(self):
+        """Says in one line what a person can do something about."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.error(error)
+        except (MemoryError, RuntimeError) as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                self.error(f"torch.compile does not work here ({str(error).splitlines()[0]}): add --no-compile")
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+                raise
+            self.error("out of memory: in training --accumulate 2 (or more) takes each batch in parts, with the same "
+                       "gradient, also of a run that has begun; a figure takes less with fewer scenes or slots")
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 def valid(value, example, largest=None):
@@ -694,8 +731,9 @@ def check_config(config):
             raise ValueError(f"{key} cannot be {str(config[key])[:50]!r}")
     task, name, low, high = (config[key] for key in ("task", "data", "min_objects", "max_objects"))
     if not (name in EXPERIMENTS.get(task, ()) and config["crop"] in ("paper", "official", "none")
-            and valid(config["seed"], 0) and config.get("dtype", "auto") in DTYPES):
-        raise ValueError(f"there is no --task {task} for --data {name}, or no such crop, seed or dtype")
+            and valid(config["seed"], 0) and config.get("dtype", "auto") in DTYPES
+            and isinstance(config.get("source", ""), str)):
+        raise ValueError(f"there is no --task {task} for --data {name}, or no such crop, seed, dtype or source")
     if low > high or (name == "clevr_like" and high < 3):
         why = " (CLEVR's have 3 or more)" * (low <= high)
         raise ValueError(f"--min-objects {low} --max-objects {high} leaves no scene{why}")
@@ -733,6 +771,8 @@ def make_parser():
 
 def check_flags(args):
     """Raises ValueError for flags that are at odds."""
+    if "" in (args.resume, args.eval, args.out):  # of an empty variable in a script
+        raise ValueError("--resume, --eval and --out take a folder, not an empty text")
     mode = next((mode for mode in ("benchmark", "resume", "eval", "seeds") if vars(args)[mode]), None)
     odd = {"benchmark": ("resume", "eval", "seeds", "out"),
            "resume": ("eval", "seeds", "out", "seed", "small", "task", "official_crop"),
@@ -767,6 +807,9 @@ def make_config(args, checkpoint=None):
             known = ", ".join(EXPERIMENTS[task])
             raise ValueError(f"there is no --task {task} for --data {name}; there is for {known}")
         config.update(EXPERIMENTS[task][name], **(SMALL[task][name] if small else {}))
+        idle = [key for key in typed if key.startswith(("decoder", "pixel_shuffle", "slot_loss"))]
+        if idle and task == "set_prediction":
+            raise ValueError(f"{flag(idle[0])} does nothing in set prediction, which has no decoder")
         if args.official_crop and (name, task) != ("clevr", "object_discovery"):
             raise ValueError("--official-crop is for object discovery on CLEVR: --data clevr")
         crop = "none" if task == "set_prediction" else "official" if args.official_crop else "paper"
@@ -815,7 +858,10 @@ def train_seeds(args, name):
             train_and_draw(config, out, checkpoint)
     results = []
     for seed, out in zip(args.seeds, runs):
-        row = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+        row = [row for _, row in read_log((out / "log.jsonl").read_bytes())][-1:]
+        if not row or "eval_loss" not in row[0]:
+            raise ValueError(f"{out}/log.jsonl does not end with an evaluation: see --eval {out}")
+        row, = row
         metrics = {"FG-ARI": row.get("ari"), "held-out loss": row["eval_loss"],
                    **{f"AP % at {key}": 100 * ap for key, ap in row.get("ap", {}).items()}}
         results.append({key: value for key, value in metrics.items() if value is not None})
@@ -832,12 +878,12 @@ def print_evaluation(args):
     checkpoint = load_checkpoint(args.eval)
     config = make_config(args, checkpoint)
     device, dtype = join_processes(config)
-    scenes = load_scenes(config, "eval").to(device)
+    scenes = load_scenes(config, "eval")
     model = load_model(checkpoint, args.eval).to(device, memory_format=torch.channels_last)
     model.slot_attention.implicit = False  # without gradients its last iteration is one like the others
     typed = vars(args)
     show = print if RANK == 0 else lambda *args, **kwargs: None
-    show(f"{args.eval}, step {checkpoint['step']:,}: {len(scenes):,} held-out scenes of {config['data']} with "
+    show(f"{args.eval}, step {checkpoint['step']:,}: {len(scenes):,} held-out scenes of {scenes.source} with "
          f"{config['min_objects']} to {config['max_objects']} objects, {config['num_slots']} slots")
     for num_iterations in [typed["num_iterations"]] if "num_iterations" in typed else range(1, 9):
         result = evaluate(model, config, scenes, device, dtype, num_iterations=num_iterations)
@@ -847,7 +893,7 @@ def print_evaluation(args):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.one_line_errors():
         check_flags(args)
         if args.eval:
             return print_evaluation(args)
@@ -858,7 +904,7 @@ def main(argv=None):
             return train_seeds(args, name)
         if not args.resume:
             out, number = name, 1
-            while not args.out and (out / "checkpoint.pt").exists():
+            while not args.out and any((out / file).exists() for file in ("checkpoint.pt", "log.jsonl")):
                 number += 1
                 out = name.with_name(f"{name.name}-{number}")
             if RANK == 0 and (out / "checkpoint.pt").exists():
@@ -869,15 +915,6 @@ def main(argv=None):
             raise ValueError(f"{out} is a copy or weights only, to draw and to evaluate: a run goes on from its "
                              "checkpoint.pt")
         train_and_draw(make_config(args, checkpoint), out.parent if out.is_file() else out, checkpoint)
-    except (OSError, ValueError) as error:
-        parser.error(error)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
-            raise
-        parser.error("out of memory: --accumulate 2 (or more) takes each batch in parts, with the same gradient; a run "
-                     "that has begun goes on with --resume RUN --accumulate 2")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

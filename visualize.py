@@ -33,7 +33,7 @@ from matplotlib.animation import PillowWriter  # noqa: E402
 DEMO = Path(__file__).resolve().parent / "assets" / "demo.pt"
 # The slots', the same in every figure: tab10's, then their lighter twins, without the greys; after 18 from the start.
 TAB20 = plt.get_cmap("tab20").colors
-COLORS = torch.tensor([TAB20[k] for k in (0, 2, 4, 6, 8, 10, 12, 16, 18, 1, 3, 5, 7, 9, 11, 13, 17, 19)]).repeat(50, 1)
+COLORS = torch.tensor([TAB20[k] for k in (0, 2, 4, 6, 8, 10, 12, 16, 18, 1, 3, 5, 7, 9, 11, 13, 17, 19)]).repeat(57, 1)
 WIDTH, CELL = 8.7, 1.15  # of a figure and, at most, of a picture in it, in inches
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +199,8 @@ def figure_curve(runs):
     """The log.jsonl of each run -> loss, and FG-ARI or AP if there is one, against steps and, of one run, minutes."""
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH, 5.2), layout="constrained")
     for i, run in enumerate(runs):
+        if not run.exists():
+            raise FileNotFoundError(f"there is no {run}")
         log = (run if run.is_dir() else run.parent) / "log.jsonl"
         rows = [{**row, **{f"AP {key}": ap for key, ap in row.get("ap", {}).items()}} for _, row in
                 train.read_log(log.read_bytes())]
@@ -206,14 +208,15 @@ def figure_curve(runs):
         if not evals:
             raise ValueError(f"{log}: no log of a training run with an evaluation")
         steps, minutes = [0] + [row["step"] for row in rows], [0] + [row["seconds"] / 60 for row in rows]
-        name, color = f"{log.resolve().parent.name} ({minutes[-1]:.1f} minutes)", plt.cm.viridis(i / max(len(runs), 2))
+        folder = log.resolve().parent.name.replace("$", r"\$")
+        name, color = f"{folder} ({minutes[-1]:.1f} minutes)", plt.cm.viridis(i / max(len(runs), 2))
         loss = [row["loss"] for row in rows]
         upper.plot(steps[1:], loss, color=color, linewidth=0.6, label=f"{name}: loss, as trained on")
         metrics = [key for key in evals[-1] if key == "ari" or key.startswith("AP")]
         for key, style in zip(["eval_loss", *metrics], ("o-", "o-", "o--", "o-.", "o:", "o")):
             axis, label = (lower, key.replace("ari", "FG-ARI")) if key in metrics else (upper, "loss, held out")
-            axis.plot([row["step"] for row in evals], [row[key] for row in evals], style, color=color, markersize=3,
-                      label=f"{name}: {label}")
+            axis.plot([row["step"] for row in evals], [row.get(key, np.nan) for row in evals], style, color=color,
+                      markersize=3, label=f"{name}: {label}")
     upper.set(yscale="log", xlim=(0, max(line.get_xdata()[-1] for line in upper.lines)))
     lower.set(xlabel="steps", ylim=(None, 1))
     if len(runs) == 1 and minutes[-1] > 0:
@@ -257,7 +260,7 @@ def load_pictures(paths, config):
     pictures = []
     for path in paths:
         try:
-            with Image.open(path) as file:
+            with Image.open(path, formats=("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")) as file:  # no programs
                 picture = ImageOps.exif_transpose(file)
             if picture.mode == "F":
                 raise ValueError("its pixels are floats: save it with 8 or 16 bits")
@@ -305,8 +308,8 @@ def make_figure(args, runs, animated):
         num_iterations = args.num_iterations or config["num_iterations"] + config["implicit"]  # T, or T + 1 as trained
         target = None
         if panel == "clip":
-            if (config["data"], config["task"]) != ("tetrominoes", "object_discovery"):
-                raise ValueError(f"--figure clip shows moving Tetrominoes, but {run} is of {config['data']}")
+            if (config["data"], config["task"], config["resolution"]) != ("tetrominoes", "object_discovery", 35):
+                raise ValueError(f"--figure clip shows moving Tetrominoes of 35 x 35, but {run} is of {config['data']}")
             clip = data.Scenes(data.make_moving_tetrominoes(1, args.count or 8, seed=args.seed)["image"][0])
             frames = list(clip.batch(torch.arange(len(clip)))["image"][:, None])
         elif args.images:  # a still picture is a clip of T equal frames, at one iteration a frame
@@ -324,7 +327,8 @@ def make_figure(args, runs, animated):
                 raise ValueError(f"{run} is of set prediction, which is drawn one run at a time")
             return figure_set_prediction(model, frames[0], target, noise, num_iterations).savefig
         outputs = follow(model, frames, noise, num_iterations if panel == "clip" else 1)
-        names = [Path(path).stem[-15:] for path in args.images or ()] or [f"scene {i + 1}" for i in range(len(noise))]
+        names = [Path(path).stem[-15:].replace("$", r"\$") for path in args.images or ()]
+        names = names or [f"scene {i + 1}" for i in range(len(noise))]
         labels = names if len(runs) == 1 else len(noise) * [config["data"]]
         subjects.append((labels, frames, outputs))
     if animated:
@@ -335,12 +339,16 @@ def make_figure(args, runs, animated):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    try:
+    with parser.one_line_errors():
         special = args.figure in ("curve", "clip")
         if args.official and (args.run or special or not (args.images or args.data_root)):
             raise ValueError("--official draws Figure 3 of --images, or of CLEVR under --data-root, and takes no run")
-        if special and args.images:
-            raise ValueError(f"--figure {args.figure} takes no --images")
+        idle = {"images": ("count", "data_root"), "clip": ("images", "data_root"),
+                "curve": ("images", "data_root", "count", "num_slots", "num_iterations")}
+        for key in idle.get(args.figure if special else "images" if args.images else None, ()):
+            if getattr(args, key):
+                what = f"--figure {args.figure}" if special else "--images"
+                raise ValueError(f"{what} takes no {train.flag(key)}")
         runs = [Path(run) for run in args.run] or [DEMO if args.official else newest_run()]
         folder = runs[0] if runs[0].is_dir() else runs[0].parent if runs[0].name == "checkpoint.pt" else Path()
         name = "curve.png" if args.figure == "curve" else "figure.png"
@@ -353,8 +361,6 @@ def main(argv=None):
             save(part)
         plt.close("all")
         say(f"drew {out}")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":
