@@ -276,6 +276,7 @@ def open_log(out, step):
 # Device, precision, processes
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def choose_device(name):
     name = f"cuda:{LOCAL_RANK}" if name == "cuda" else name
     try:
