@@ -122,7 +122,7 @@ def draw(blocks, figure=None):
         for row, (label, pictures) in zip(axes, rows):
             row[0].set_ylabel(label, fontsize=font)
             for k, axis in enumerate(row):
-                axis.set(xticks=[], yticks=[], frame_on=k < len(pictures))
+                axis.set(xticks=[], yticks=[], frame_on=k < len(pictures), box_aspect=1)
                 if k < len(pictures):
                     axis.imshow(pictures[k].numpy(), interpolation="nearest")
                 if k >= 3:
@@ -220,6 +220,7 @@ def figure_curve(runs):
     upper.set(yscale="log", xlim=(0, max(line.get_xdata()[-1] for line in upper.lines)))
     lower.set(xlabel="steps", ylim=(None, 1))
     if len(runs) == 1 and minutes[-1] > 0:
+        steps, minutes = steps + [2 * steps[-1]], minutes + [2 * minutes[-1]]  # interp stops at the end, ticks don't
         scales = (lambda x: np.interp(x, steps, minutes)), (lambda x: np.interp(x, minutes, steps))
         upper.secondary_xaxis("top", functions=scales).set_xlabel("minutes")
     for axis in filter(lambda axis: axis.lines, (upper, lower)):
@@ -327,8 +328,8 @@ def make_figure(args, runs, animated):
                 raise ValueError(f"{run} is of set prediction, which is drawn one run at a time")
             return figure_set_prediction(model, frames[0], target, noise, num_iterations).savefig
         outputs = follow(model, frames, noise, num_iterations if panel == "clip" else 1)
-        names = [Path(path).stem[-15:].replace("$", r"\$") for path in args.images or ()]
-        names = names or [f"scene {i + 1}" for i in range(len(noise))]
+        names = [Path(path).stem.replace("$", r"\$") for path in args.images or ()]
+        names = [name if len(name) < 16 else f"…{name[-14:]}" for name in names] or [f"scene {i + 1}" for i in range(len(noise))]
         labels = names if len(runs) == 1 else len(noise) * [config["data"]]
         subjects.append((labels, frames, outputs))
     if animated:
