@@ -859,10 +859,10 @@ def train_seeds(args, name):
             train_and_draw(config, out, checkpoint)
     results = []
     for seed, out in zip(args.seeds, runs):
-        row = [row for _, row in read_log((out / "log.jsonl").read_bytes())][-1:]
-        if not row or "eval_loss" not in row[0]:
+        rows = [row for _, row in read_log((out / "log.jsonl").read_bytes())]
+        if not rows or "eval_loss" not in rows[-1]:
             raise ValueError(f"{out}/log.jsonl does not end with an evaluation: see --eval {out}")
-        row, = row
+        row = rows[-1]
         metrics = {"FG-ARI": row.get("ari"), "held-out loss": row["eval_loss"],
                    **{f"AP % at {key}": 100 * ap for key, ap in row.get("ap", {}).items()}}
         results.append({key: value for key, value in metrics.items() if value is not None})
@@ -879,7 +879,7 @@ def print_evaluation(args):
     checkpoint = load_checkpoint(args.eval)
     config = make_config(args, checkpoint)
     device, dtype = join_processes(config)
-    scenes = load_scenes(config, "eval")
+    scenes = load_scenes(config, "eval").to(device)
     model = load_model(checkpoint, args.eval).to(device, memory_format=torch.channels_last)
     model.slot_attention.implicit = False  # without gradients its last iteration is one like the others
     typed = vars(args)

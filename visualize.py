@@ -329,7 +329,8 @@ def make_figure(args, runs, animated):
             return figure_set_prediction(model, frames[0], target, noise, num_iterations).savefig
         outputs = follow(model, frames, noise, num_iterations if panel == "clip" else 1)
         names = [Path(path).stem.replace("$", r"\$") for path in args.images or ()]
-        names = [name if len(name) < 16 else f"…{name[-14:]}" for name in names] or [f"scene {i + 1}" for i in range(len(noise))]
+        names = names or [f"scene {i + 1}" for i in range(len(noise))]
+        names = [name if len(name) < 16 else f"…{name[-14:]}" for name in names]
         labels = names if len(runs) == 1 else len(noise) * [config["data"]]
         subjects.append((labels, frames, outputs))
     if animated:
