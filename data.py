@@ -182,6 +182,8 @@ def read_tfrecords(path, name, limit=None):
                         scene[key] = array.reshape(-1, 3)
                 yield scene
                 number += 1
+            if number == limit:
+                say(f"reading {path} on to the checksum at its end")
             while file.read(2 ** 24):
                 pass
     except (ValueError, KeyError, IndexError, EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -419,7 +421,7 @@ def cached(folder, settings, jobs, prepare):
             if not folder.exists():
                 build_cache(folder, jobs, prepare)
         with contextlib.suppress(OSError):
-            os.unlink(lock)  # who still waits for it finds the folder; after a failure one may be building
+            os.unlink(lock)  # who still waits for it finds the folder (after a failure it builds: the file stays)
     try:
         content, check = (folder / "meta.json").read_bytes().splitlines()
         if zlib.crc32(content) != int(check):
@@ -509,7 +511,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
     if name == "multi_dsprites" and resolution != 64:
         raise ValueError(f"generated Multi-dSprites are of 64 x 64 pixels, not {resolution}: leave --resolution out")
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # other threads ask for 0
-    rendering = threading.Semaphore(1_000 if device == "cpu" else 4)  # of many cores' threads few fit on one GPU
+    rendering = contextlib.nullcontext() if device == "cpu" else threading.Semaphore(4)  # few threads fit on one GPU
 
     def prepare(start):
         number = min(size, count - start)

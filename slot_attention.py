@@ -167,14 +167,14 @@ class Decoder(nn.Module):
             layers.append(nn.PixelShuffle(pixel_shuffle))
         self.cnn = nn.Sequential(*layers)
 
-        self.register_buffer("same_cut", None)                                # for first_layer
+        same_cut = None                                                       # for first_layer
         if strides[0] == 1 and min(self.grid_size) >= kernel_size:
             def cut(size):  # a number from 0 to k - 1 for how the border cuts the kernel at each place
                 place, half = torch.arange(size), kernel_size // 2
                 return place.clamp(max=half) + (place - (size - 1 - half)).clamp(min=0)
             rows, cols = map(cut, self.grid_size)
-            same_cut = F.one_hot((rows[:, None] * kernel_size + cols).flatten(), kernel_size ** 2)
-            self.register_buffer("same_cut", same_cut.float(), persistent=False)  # [h * w, k * k]
+            same_cut = F.one_hot((rows[:, None] * kernel_size + cols).flatten(), kernel_size ** 2).float()
+        self.register_buffer("same_cut", same_cut, persistent=False)          # [h * w, k * k]
 
     def forward(self, slots):
         x = self.first_layer(slots)                                           # [M, C, h, w]

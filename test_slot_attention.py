@@ -662,8 +662,8 @@ def test_clevr_v1_is_read(tmp_path, capsys):
     scenes = data.load("clevr", "train", root, resolution=32, crop="none")
     held_out = data.load("clevr", "eval", root, resolution=32, crop="none")
     assert len(scenes) + len(held_out) == 12 and set(scenes.index.tolist()).isdisjoint(held_out.index.tolist())
-    assert len(data.load("clevr", "train", root, resolution=32, crop="none",
-                         max_objects=6)) == (counts[:len(scenes)] <= 6).sum()
+    six = data.load("clevr", "train", root, resolution=32, crop="none", max_objects=6)
+    assert len(six) == (counts[:len(scenes)] <= 6).sum()
     batch = scenes.batch(torch.arange(4))
     assert batch["image"].shape == (4, 3, 32, 32) and batch["image"].is_contiguous(memory_format=torch.channels_last)
     ours = (batch["image"] / 2 + 0.5).permute(0, 2, 3, 1).numpy() * 255
@@ -1016,8 +1016,8 @@ def test_bad_numbers_for_every_flag(capsys, tmp_path, monkeypatch):
         if isinstance(value, (bool, str)):
             continue
         bad = ["-1", "nan", "inf", "x", "", "1e400", "0x"] + ["0"] * (value not in (0, train.RECIPE["warmup"][0]))
-        bad += ["1.5", "99999999999"] * isinstance(value, int) + ["1,,1", "99", "1," * 20 + "1"] * isinstance(value,
-                                                                                                              tuple)
+        bad += ["1.5", "99999999999"] * isinstance(value, int)
+        bad += ["1,,1", "99", "1," * 20 + "1"] * isinstance(value, tuple)
         bad += ["1.1"] * (key in ("beta2", "decay_rate", "slot_loss"))
         for text in bad:
             flag = "--" + key.replace("_", "-")
@@ -1071,18 +1071,18 @@ def test_bad_checkpoints(tmp_path, capsys, monkeypatch):
     cases = [(["config", "num_slots"], 10 ** 9), (["config", "task"], "x"), (["config", "dtype"], "load"),
              (["config", "data"], None),
              (["config"], None), (["model"], {}), (["optimizer"], {}), (["optimizer"], [1])]
-    cases += [([key], value) for key in ("step", "seconds") for value in odd if key == "step" or not isinstance(value,
-                                                                                                                float)]
+    cases += [([key], value) for key in ("step", "seconds") for value in odd
+              if key == "step" or not isinstance(value, float)]
     name = "slot_attention.slots_mu"
     weight = good["model"][name]
-    cases += [(["model", name], value) for value in (None, 1.0, "x", weight[0, 0, :3], weight * float("nan"),
-                                                     weight / 0, [weight],
-                                                     weight.expand(10 ** 6, 10 ** 6, 8), (weight,))]
+    cases += [(["model", name], value)
+              for value in (None, 1.0, "x", weight[0, 0, :3], weight * float("nan"), weight / 0, [weight],
+                            weight.expand(10 ** 6, 10 ** 6, 8), (weight,))]
     cases += [(["optimizer", "state"], value) for value in ({}, None, [1], {0: {}}, {i: None for i in range(99)})]
     for key, values in good["optimizer"]["state"][0].items():
-        cases += [(["optimizer", "state", 0, key], value) for value in (None, "x", values[None, None, None],
-                                                                        -1 - values.abs(),
-                                                                        values * float("nan"), {}, torch.ones(3))
+        cases += [(["optimizer", "state", 0, key], value)
+                  for value in (None, "x", values[None, None, None], -1 - values.abs(), values * float("nan"), {},
+                                torch.ones(3))
                   if key != "exp_avg" or value is None or isinstance(value, (str, dict)) or value.shape != values.shape]
     for keys, value in cases:
         torch.save(changed(good, keys, value), run / "checkpoint.pt")
@@ -1254,9 +1254,8 @@ def test_figures_of_all_kinds(tmp_path, capsys, monkeypatch):
     visualize.main([demo, "--figure", "clip", "--count", "3", "--out", "clip.png"])
     Image.new("RGB", (50, 40), "blue").save("own.png")
     case, weights, *_ = official_case("discovery", 7)
-    np.savez("official.npz",
-             **{f"network/layer_with_weights-0/{name}/.ATTRIBUTES/VARIABLE_VALUE": value for name,
-                value in weights.items()})
+    np.savez("official.npz", **{f"network/layer_with_weights-0/{name}/.ATTRIBUTES/VARIABLE_VALUE": value
+                                for name, value in weights.items()})
     visualize.main("--official official.npz --images own.png --num-slots 2 --num-iterations 1 --figure a "
                    "--out official.png".split())
     config, model = visualize.load(None, "official.npz")
@@ -1348,18 +1347,17 @@ def test_full_disk_loses_nothing(tmp_path):
     assert result.returncode == 0 and not re.search("Traceback|Exception", result.stderr), result.stderr
     last = [line for line in result.stderr.splitlines() if "cannot write" in line]
     assert len(last) == 3 and all(name in line for name, line in zip((*before, "log.jsonl"), last)), last
-    assert all((out / name).read_bytes() == content for name,
-               content in before.items()) and not list(out.glob("part-*"))
+    assert all((out / name).read_bytes() == content for name, content in before.items())
+    assert not list(out.glob("part-*"))
     train.main(go_on)
     assert [row["step"] for row in log_of(out)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_run_goes_on_with_what_it_began_with(tmp_path, capsys, monkeypatch):
+def test_a_run_goes_on_with_what_it_began_with(tmp_path, capsys):
     """Its log, also without a checkpoint or with a damaged line; its data; and nobody who reads its messages."""
     out, root = tmp_path / "run", tmp_path / "data"
     train.main([*TINY, "--steps", "3", "--data-root", str(root), "--out", str(out)])
-    log = (out / "log.jsonl").read_bytes()
-    lines = log.splitlines(keepends=True)
+    lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
     (out / "log.jsonl").write_bytes(lines[0] + b"\0\0\0\n" + lines[2])  # a middle line is lost, the others stay
     train.main(["--resume", str(out), "--steps", "4"])
     assert [row["step"] for _, row in train.read_log((out / "log.jsonl").read_bytes())] == [1, 3, 4]
@@ -1479,8 +1477,8 @@ def kill_anywhere(folder, kills, seed=0):
     the kills fell."""
     rng, fell, rounds = random.Random(seed), Counter(), 0
     flags = ("--data multi_dsprites --small --train-count 64 --eval-count 8 --batch-size 8 --steps 12 --eval-every 2 "
-             "--log-every 1 "
-             "--dtype float32 --device cpu --no-compile --encoder-channels 8 --decoder-channels 8 --slot-dim 8").split()
+             "--log-every 1 --dtype float32 --device cpu --no-compile --encoder-channels 8 --decoder-channels 8 "
+             "--slot-dim 8").split()
     killer = subprocess.Popen([sys.executable, "-c", KILLER], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               text=True)
 
@@ -1498,9 +1496,8 @@ def kill_anywhere(folder, kills, seed=0):
         out, root = folder / f"killed{rounds}", folder / f"data{rounds}"
         rounds += 1
         for turn in range(100):
-            kind = "end" if sum(fell.values()) >= kills else ("cache", "checkpoint", "clock", "figure", "cache",
-                                                              "clock",
-                                                              "checkpoint", "end")[turn % 8]
+            kinds = ("cache", "checkpoint", "clock", "figure", "cache", "clock", "checkpoint", "end")
+            kind = "end" if sum(fell.values()) >= kills else kinds[turn % 8]
             if kind == "cache":
                 shutil.rmtree(root / "cache", ignore_errors=True) if turn else None
             new = not (out / "checkpoint.pt").exists()
@@ -1515,12 +1512,12 @@ def kill_anywhere(folder, kills, seed=0):
         ours = train.load_checkpoint(out)
         for part in ("model", "optimizer"):
             ours_flat, expected_flat = (torch.utils._pytree.tree_leaves(content[part]) for content in (ours, expected))
-            assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a,
-                       b in zip(ours_flat, expected_flat, strict=True))
+            assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b
+                       for a, b in zip(ours_flat, expected_flat, strict=True))
         assert ours["step"] == 12 and without_times(log_of(out)) == without_times(log_of(whole))
         assert (out / "figure.png").stat().st_size > 10_000
-        assert not [path for path in [*out.rglob("*"),
-                                      *root.rglob("*")] if "part" in path.name or path.suffix == ".lock"]
+        assert not [path for path in [*out.rglob("*"), *root.rglob("*")]
+                    if "part" in path.name or path.suffix == ".lock"]
     killer.stdin.close()
     killer.wait()
     return fell
