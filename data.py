@@ -1,4 +1,4 @@
-"""The datasets of the paper, real and generated, as uint8 batches on the device.
+"""The datasets of the paper, real and generated, as uint8 batches on the device; and the project's files.
 
 Real: DeepMind's multi_object_datasets (TFRecord files, read without TensorFlow) and the original CLEVR_v1.0.
 Generated: look-alikes of Tetrominoes, Multi-dSprites and CLEVR, with masks and factors, that need no download.
@@ -7,13 +7,9 @@ Generated: look-alikes of Tetrominoes, Multi-dSprites and CLEVR, with masks and 
 import contextlib
 import functools
 import gzip
-import hashlib
 import json
 import os
-import shutil
 import sys
-import threading
-import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+from matplotlib.colors import hsv_to_rgb
+from PIL import Image
 
 try:
     import fcntl
-except ImportError:  # Windows: there processes cannot see each other's caches and runs in the making
+except ImportError:  # Windows: there two processes can build one cache, or train into one folder, at a time
     fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,33 +33,30 @@ except ImportError:  # Windows: there processes cannot see each other's caches a
 
 
 class Scenes:
-    """One split of a dataset: uint8 arrays, in memory or mapped from the cache, or on the GPU.
+    """One split of a dataset, in memory, mapped from the cache, or on the GPU.
 
-    image [n, H, W, 3] uint8; label [n, H, W] uint8, the entity that each pixel belongs to, 0 = background (None for the
-    original CLEVR, which has no masks); target [n, 10, 19] float32 (CLEVR only, see `clevr_target`).
-    index: which of them make up the split; all if not given. source: what they are, in words."""
+    images [n, H, W, 3] uint8; labels [n, H, W] uint8: the entity that each pixel belongs to, 0 = background (None where
+    there are no masks); targets [n, 10, 19] float32: see clevr_target. source: what they are, in words."""
 
-    def __init__(self, image, label=None, target=None, index=None, source=""):
+    def __init__(self, images, labels=None, targets=None, source=""):
+        arrays = {"image": images, "label": labels, "target": targets}
+        self.arrays = {key: torch.as_tensor(array) for key, array in arrays.items() if array is not None}
         self.source = source
-        self.arrays = {"image": image, "label": label, "target": target}
-        self.arrays = {key: torch.as_tensor(array) for key, array in self.arrays.items() if array is not None}
-        self.index = torch.arange(len(image)) if index is None else torch.as_tensor(index)
 
     def __len__(self):
-        return len(self.index)
+        return len(self.arrays["image"])
 
     def to(self, device):
-        """Moves the split to a device, if it fits there beside the model: then no batch waits for a copy."""
-        size = sum(array[0].numel() * array.element_size() * len(self) for array in self.arrays.values())
-        if torch.device(device).type != "cuda" or size > 0.5 * torch.cuda.mem_get_info(device)[0]:
-            return self
-        arrays = {key: array[self.index].to(device) for key, array in self.arrays.items()}
-        return Scenes(**arrays, source=self.source)
+        """Moves the split to a GPU, if it fits there beside the model: then no batch waits for a copy."""
+        size = sum(array.nbytes for array in self.arrays.values())
+        if torch.device(device).type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]:
+            self.arrays = {key: array.to(device) for key, array in self.arrays.items()}
+        return self
 
     def batch(self, index, device="cpu"):
-        """index [B] within the split -> image [B, 3, H, W] float32 in [-1, 1], channels last in memory; and of what the
-        dataset has, label [B, H, W] uint8 and target [B, 10, 19]; all on the device."""
-        index = put(self.index[index], self.arrays["image"].device)
+        """index [B] -> image [B, 3, H, W] float32 in [-1, 1], and of what the dataset has, label [B, H, W] uint8 and
+        target [B, 10, 19]; all on the device."""
+        index = put(index, self.arrays["image"].device)
         batch = {key: put(array[index], device) for key, array in self.arrays.items()}
         batch["image"] = batch["image"].permute(0, 3, 1, 2).float().mul_(2 / 255).sub_(1)
         return batch
@@ -85,162 +79,50 @@ DATA = {
 BUCKET = "https://storage.googleapis.com/multi-object-datasets"
 
 
-def load(name, split, root="data", count=None, resolution=None, crop="paper", min_objects=0, max_objects=10,
-         download=False):
+def load(name, split, root="data", count=None, resolution=None, crop="paper", min_objects=0, max_objects=10):
     """The "train" or "eval" split of a dataset of DATA -> Scenes. The two share no scene.
 
     Real files are looked for under `root` and decoded once, into a cache beside them. Without them Tetrominoes and
-    Multi-dSprites (on grey) are generated. count: so many scenes at most. min_objects, max_objects: only scenes with so
-    many objects. crop, for CLEVR: "paper", the central square; "official", the window that the official code cuts out
-    of CLEVR_v1.0; "none", the whole picture, made square (the set prediction task).
+    Multi-dSprites (on grey) are generated. count: scenes at most. min_objects, max_objects: only scenes with a number
+    of objects in this range. crop, for CLEVR: "paper", the central square; "official", the window that the official
+    code cuts out of CLEVR_v1.0; "none", the whole picture, made square (the set prediction task).
     Raises OSError or ValueError, with a line that says what to do."""
     stem, train_count, full_resolution = DATA[name]
     root, resolution = Path(root), resolution or full_resolution
     file = root / f"{stem}.tfrecords"
-    if stem and file.exists():
-        source, jobs, prepare = tfrecords_source(name, file, resolution, crop)
+    clevr = next((folder for folder in (root / "CLEVR_v1.0", root / "clevr/CLEVR_v1.0") if folder.exists()), None)
+    if file.exists():
+        sources, scenes = [file], functools.partial(tfrecords_scenes, file, resolution, crop)
+    elif name == "clevr" and clevr:
+        sources = sorted(clevr.glob("scenes/CLEVR_*_scenes.json"), reverse=True)              # val, train
+        scenes = functools.partial(clevr_v1_scenes, clevr, resolution, crop)
     elif name == "clevr":
-        source, jobs, prepare = clevr_v1_source(root, resolution, crop, download)
+        raise FileNotFoundError(
+            f"no CLEVR in {root}/: put clevr_with_masks_train.tfrecords there (10.5 GB, with masks; from {BUCKET}/"
+            "clevr_with_masks/), or the original, 18 GB without masks: python -c \"import torchvision; "
+            f"torchvision.datasets.CLEVRClassification('{root}', download=True)\"; --data clevr_like needs no files")
+    elif name == "multi_dsprites_on_colored":
+        raise FileNotFoundError(f"no {file} (from {BUCKET}/multi_dsprites/); --data multi_dsprites needs no files")
     else:
         return generate(name, split, root, count or train_count, resolution, crop, min_objects, max_objects)
-    arrays = cached(root / "cache" / f"{name}-{resolution}", [*source, resolution, crop], jobs, prepare)
-    objects = arrays.pop("objects")
-    index = choose(objects, split, train_count, count, min_objects, max_objects)
-    return Scenes(**arrays, index=index, source=Path(source[0]).name)
+    source = sources[0].stem if file.exists() else clevr.name
+    arrays = cached(root / "cache" / f"{source}-{resolution}-{crop}.pt", sources, lambda: concatenate(scenes()))
+    index = choose(arrays.pop("objects"), split, train_count, count, min_objects, max_objects)
+    arrays = {key: array[index] for key, array in arrays.items()}
+    return Scenes(arrays["image"], arrays.get("label"), arrays.get("target"), source)
 
 
-def choose(objects, split, train_count, count, min_objects, max_objects):
+def choose(objects, split, train_count, count=None, min_objects=0, max_objects=10):
     """The indices of a split: the first `train_count` scenes are for training, those after them for evaluation (of a
     file with no more than those the last fifth), and of these the first `count` with a number of `objects` [n] in the
     range."""
     n = len(objects)
     border = train_count if n > train_count else n - max(1, n // 5)
-    index = np.arange(border) if split == "train" else np.arange(border, n)
+    index = torch.arange(border) if split == "train" else torch.arange(border, n)
     index = index[(objects[index] >= min_objects) & (objects[index] <= max_objects)][:count]
     if len(index) == 0:
         raise ValueError(f"the {split} split has no scene with {min_objects} to {max_objects} objects")
     return index
-
-
-def tfrecords_source(name, file, resolution, crop):
-    """-> what the file is, its numbered scenes (read when the cache is built), and what makes arrays of one."""
-    stem, window = file.stem, crop if name == "clevr" else "none"
-
-    def prepare(numbered):
-        number, scene = numbered
-        try:
-            return {"image": resize(scene["image"], resolution, window)[None],
-                    "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window)[None],
-                    "objects": np.uint8([round(float(scene["visibility"].sum())) - 1]),  # with the background
-                    **({"target": clevr_target(scene)[None]} if name == "clevr" else {})}
-        except (ValueError, KeyError, IndexError, OverflowError) as error:
-            raise ValueError(f"{file}, record {number}: damaged or not {stem} ({error!r}); get the file again"
-                             ) from None
-
-    limit = None if name == "clevr" else DATA[name][1] + 5_000  # the others have a million, more than anyone waits for
-    return [str(file), stamp(file)], enumerate(read_tfrecords(file, stem, limit)), prepare
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# DeepMind's multi_object_datasets: TFRecord files, without TensorFlow
-# ---------------------------------------------------------------------------------------------------------------------
-
-TFRECORDS = {  # name -> image [H, W, 3]; mask as stored; whether the entities come third there
-    "tetrominoes": ((35, 35, 3), (4, 35, 35), False),
-    "multi_dsprites_colored_on_grayscale": ((64, 64, 3), (64, 64, 6), True),
-    "multi_dsprites_colored_on_colored": ((64, 64, 3), (64, 64, 5), True),
-    "clevr_with_masks": ((240, 320, 3), (11, 240, 320), False),
-}
-
-
-def read_tfrecords(path, name, limit=None):
-    """The scenes of one of DeepMind's GZIP TFRecord files, one dict of arrays each, in the file's order.
-
-    name: a key of TFRECORDS; "_train" after it is ignored. limit: the first so many. -> image [H, W, 3] uint8; mask
-    [E, H, W] uint8 0/1, background first; the factors as stored, [E] or [E, 3], float32 or uint8. One record is in
-    memory at a time. The content is checked by GZIP's own checksum: at the end of the file, so it is read up to there
-    whatever the limit. Raises ValueError naming file and record where the file is truncated, damaged or another."""
-    image_shape, mask_shape, entities_third = TFRECORDS[name.removesuffix("_train")]
-    number = 0
-    try:
-        with gzip.open(path) as file:
-            while number != limit and (header := file.read(12)):
-                if len(header) < 12 or masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
-                    raise ValueError("its length is damaged")
-                length = int.from_bytes(header[:8], "little")
-                if length > 2 ** 24:
-                    raise ValueError(f"it claims {length} bytes, no scene of these sets does")
-                record = file.read(length + 4)
-                if len(record) < length + 4:
-                    raise EOFError("the file ends within it")
-                scene = parse_example(memoryview(record)[:-4])
-                mask = scene["mask"].reshape(mask_shape) != 0
-                scene["mask"] = (mask.transpose(2, 0, 1) if entities_third else mask).astype(np.uint8)
-                scene["image"] = scene["image"].reshape(image_shape)
-                for key, array in scene.items():
-                    if array.size == 3 * len(scene["mask"]):
-                        scene[key] = array.reshape(-1, 3)
-                yield scene
-                number += 1
-            if number == limit:
-                say(f"reading {path} on to the checksum at its end")
-            while file.read(2 ** 24):
-                pass
-    except (ValueError, KeyError, IndexError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, record {number}: damaged, cut short or not {name} ({error}); get the file again"
-                         ) from None
-    if number == 0:
-        raise ValueError(f"{path} holds no record; get the file again")
-
-
-def parse_example(record):
-    """A serialised tf.train.Example -> {feature: flat array}, uint8 of a BytesList of single bytes, float32 of a
-    FloatList."""
-    scene = {}
-    (_, features), = messages(record)
-    for _, entry in messages(features):
-        (_, key), (_, feature) = messages(entry)
-        (kind, values), = messages(feature)
-        if kind == 1:  # every byte is a message of its own: field 1 (0x0a), length 1, the byte
-            array = np.frombuffer(values, np.uint8).reshape(-1, 3)
-            if (array[:, :2] != (10, 1)).any():
-                raise ValueError("its byte strings are not single bytes")
-            array = array[:, 2]
-        else:
-            (_, packed), = messages(values)
-            array = np.frombuffer(packed, "<f4")
-        scene[bytes(key).decode()] = array
-    return scene
-
-
-def messages(buffer):
-    """The (field, bytes) pairs of a protobuf message that has only length-delimited fields, as all of Example's are."""
-    fields, pos = [], 0
-    while pos < len(buffer):
-        tag, pos = buffer[pos], pos + 1
-        size = shift = 0
-        while True:
-            byte, pos = buffer[pos], pos + 1
-            size |= (byte & 127) << shift
-            shift += 7
-            if byte < 128 or shift > 63:
-                break
-        if tag & 7 != 2 or pos + size > len(buffer):
-            raise ValueError("it is no tf.train.Example")
-        fields.append((tag >> 3, buffer[pos:pos + size]))
-        pos += size
-    return fields
-
-
-def masked_crc32c(buffer):
-    """TFRecord's checksum: CRC-32C, rotated and shifted."""
-    crc = 0xFFFFFFFF
-    for byte in buffer:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,83 +146,55 @@ def clevr_target(scene):
     objects = np.flatnonzero(scene["size"])  # neither background nor padding
     if len(objects) > 10:
         raise ValueError(f"{len(objects)} objects, where CLEVR has 10 at most")
-    for row, e in enumerate(objects):
-        target[row, :3] = (np.array([scene["x"][e], scene["y"][e], scene["z"][e]]) + 3) / 6
+    for row, e in zip(target, objects):
+        row[:3] = (np.array([scene["x"][e], scene["y"][e], scene["z"][e]]) + 3) / 6
         start = 3
         for key, names in CLEVR_TARGETS.items():
-            target[row, start + names.index(CLEVR_CODES[key][int(scene[key][e]) - 1])] = 1
+            row[start + names.index(CLEVR_CODES[key][int(scene[key][e]) - 1])] = 1
             start += len(names)
-        target[row, 18] = 1
+        row[18] = 1
     if not (np.abs(target[:, :3]) < 10).all():  # not a number, either
         raise ValueError("its coordinates are not CLEVR's")
     return target
 
 
-def clevr_v1_source(root, resolution, crop, download):
-    """As tfrecords_source, for the original CLEVR_v1.0 (480 x 320 PNGs and scenes files, no masks): its splits train
-    and val, one after the other."""
-    folder = next((f for f in (root / "CLEVR_v1.0", root / "clevr" / "CLEVR_v1.0") if f.exists()), None)
-    if folder is None and download:
-        part, folder = root / "CLEVR_v1.0.part", root / "CLEVR_v1.0"
-        say(f"downloading CLEVR_v1.0 into {part}: 18 GB, and as much again to unpack")
-        shutil.rmtree(part / "clevr" / "CLEVR_v1.0", ignore_errors=True)  # half unpacked; what was fetched is kept
+def clevr_v1_scenes(folder, resolution, crop):
+    """The original CLEVR_v1.0 (480 x 320 PNGs and scenes files, no masks) -> arrays of each scene: its splits train and
+    val, one after the other."""
+    def read(job):
+        path, target = job
+        return {"image": resize(read_png(path), resolution, crop), "target": target,
+                "objects": np.uint8(target[:, 18].sum())}
+
+    jobs = []
+    for part in ("train", "val"):
+        file, number = folder / f"scenes/CLEVR_{part}_scenes.json", 0
+        if part == "val" and not file.exists():
+            say(f"no {file}: the last fifth of the training scenes is held out instead")
+            continue
         try:
-            torchvision.datasets.CLEVRClassification(part, download=True)
-        except (RuntimeError, zipfile.BadZipFile) as error:
-            raise OSError(f"the download failed ({error}): start it again") from None
-        (part / "clevr" / "CLEVR_v1.0").rename(folder)
-        shutil.rmtree(part, ignore_errors=True)
-    if folder is None:
-        raise FileNotFoundError(
-            f"no CLEVR in {root}/: put clevr_with_masks_train.tfrecords there (10.5 GB, with masks; from {BUCKET}/"
-            "clevr_with_masks/), or add --download to fetch CLEVR_v1.0 (18 GB, no masks); --data clevr_like needs no "
-            "files")
-
-    train, val = (folder / "scenes" / f"CLEVR_{part}_scenes.json" for part in ("train", "val"))
-    files = [train, val] if val.exists() else [train]
-
-    def read_scenes():
-        for file in files:
-            try:
-                number = -1
-                for number, scene in enumerate(json.loads(file.read_bytes())["scenes"]):
-                    objects = scene["objects"]
-                    factors = {key: [0] + [names.index(o[key]) + 1 for o in objects]  # the background comes first
-                               for key, names in CLEVR_CODES.items()}
-                    factors.update({axis: [0] + [0.0 + o["3d_coords"][i] for o in objects]  # 0.0: of no text
-                                    for i, axis in enumerate("xyz")})
-                    path = folder / "images" / file.name.split("_")[1] / Path(scene["image_filename"]).name
-                    yield path, clevr_target({key: np.array(values) for key, values in factors.items()})
-                if number < 0:
-                    raise ValueError("it has no scenes")
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError,
-                    RecursionError) as error:
-                raise ValueError(f"{file}, scene {max(number, 0)}: damaged or not a CLEVR scenes file "
-                                 f"({type(error).__name__}: {error})") from None
-
-    def prepare(scene):
-        path, target = scene
-        return {"image": resize(read_png(path), resolution, crop)[None],
-                "objects": target[:, 18].sum(keepdims=True).astype(np.uint8), "target": target[None]}
-
-    return [str(folder), *map(stamp, files)], read_scenes(), prepare
+            for number, scene in enumerate(json.loads(file.read_bytes())["scenes"]):
+                objects = scene["objects"]
+                factors = {key: np.array([0] + [names.index(o[key]) + 1 for o in objects])  # the background is first
+                           for key, names in CLEVR_CODES.items()}
+                for i, axis in enumerate("xyz"):
+                    factors[axis] = np.array([0.0] + [0.0 + o["3d_coords"][i] for o in objects])
+                path = folder / "images" / part / Path(scene["image_filename"]).name
+                jobs.append((path, clevr_target(factors)))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{file}, scene {number}: damaged or not a CLEVR scenes file ({error!r})") from None
+    return on_all_cores(read, jobs)
 
 
 def read_png(path):
-    """One of CLEVR_v1.0's pictures -> [320, 480, 3] uint8, without the alpha channel."""
+    """One of CLEVR_v1.0's pictures -> [H, W, 3] uint8, without the alpha channel."""
     try:
-        content, pos = path.read_bytes(), 8
-        size = tuple(int.from_bytes(content[i:i + 4], "big") for i in (20, 16))
-        if size not in CLEVR_CROP:  # before memory is taken for it
-            raise ValueError("it is no PNG of 480 x 320 pixels")
-        while pos < len(content):  # PIL leaves out the checksums of the pixels
-            end = pos + 12 + int.from_bytes(content[pos:pos + 4], "big")
-            if zlib.crc32(content[pos + 4:end - 4]) != int.from_bytes(content[end - 4:end], "big"):
-                raise ValueError("a checksum is wrong")
-            pos = end
-        return np.array(torchvision.datasets.folder.default_loader(path))
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()  # the checksums, which reading leaves out
+        with Image.open(path, formats=["PNG"]) as picture:
+            return np.array(picture.convert("RGB"))
     except Exception as error:  # PIL has many ways to say it
-        raise ValueError(f"{path}: missing or damaged ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: missing or damaged ({type(error).__name__})") from None
 
 
 def resize(picture, resolution, crop="none"):
@@ -362,253 +216,370 @@ def resize(picture, resolution, crop="none"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The cache: what is slow to decode or to draw, once
+# TensorFlow's file formats, without TensorFlow: TFRecord (DeepMind's multi_object_datasets) and checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+TFRECORDS = {  # name -> image [H, W, 3]; mask as stored; whether the entities come third there
+    "tetrominoes": ((35, 35, 3), (4, 35, 35), False),
+    "multi_dsprites_colored_on_grayscale": ((64, 64, 3), (64, 64, 6), True),
+    "multi_dsprites_colored_on_colored": ((64, 64, 3), (64, 64, 5), True),
+    "clevr_with_masks": ((240, 320, 3), (11, 240, 320), False),
+}
+
+
+def tfrecords_scenes(file, resolution, crop):
+    """One of DeepMind's files -> arrays of each scene."""
+    is_clevr = file.stem.startswith("clevr")
+    limit = None if is_clevr else 65_000  # the other sets have a million, more than anyone waits for
+    for number, scene in enumerate(read_tfrecords(file, file.stem, limit)):
+        try:
+            window = crop if is_clevr else "none"
+            arrays = {"image": resize(scene["image"], resolution, window),
+                      "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window),
+                      "objects": np.uint8(round(float(scene["visibility"].sum())) - 1)}  # it counts the background
+            if is_clevr:
+                arrays["target"] = clevr_target(scene)
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            raise ValueError(f"{file}, record {number}: damaged or not {file.stem} ({error!r}); get the file again"
+                             ) from None
+        yield arrays
+
+
+def read_tfrecords(path, name, limit=None):
+    """The scenes of one of DeepMind's GZIP TFRecord files, one dict of arrays each, in the file's order.
+
+    name: a key of TFRECORDS; "_train" after it is ignored. limit: of scenes. -> image [H, W, 3] uint8; mask [E, H, W]
+    uint8 0/1, background first; the factors as stored, [E] or [E, 3], float32 or uint8. The content is checked by
+    GZIP's own checksum: at the end of the file, so it is read up to there whatever the limit. Raises ValueError naming
+    file and record where the file is truncated, damaged or another."""
+    image_shape, mask_shape, entities_third = TFRECORDS[name.removesuffix("_train")]
+    number = 0
+    try:
+        with gzip.open(path) as file:
+            while number != limit and (header := file.read(12)):
+                length = int.from_bytes(header[:8], "little")
+                if masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little") or length > 2 ** 24:
+                    raise ValueError("its length is damaged")
+                record = file.read(length + 4)[:-4]
+                if len(record) < length:
+                    raise EOFError("the file ends within it")
+                scene = parse_example(record)
+                mask = scene["mask"].reshape(mask_shape) != 0
+                scene["mask"] = (mask.transpose(2, 0, 1) if entities_third else mask).astype(np.uint8)
+                scene["image"] = scene["image"].reshape(image_shape)
+                for key, array in scene.items():
+                    if array.size == 3 * len(scene["mask"]):
+                        scene[key] = array.reshape(-1, 3)
+                yield scene
+                number += 1
+            while file.read(2 ** 24):
+                pass
+        if number == 0:
+            raise EOFError("it holds no record")
+    except (ValueError, KeyError, IndexError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}, record {number}: damaged, cut short or not {name} ({error}); get the file again"
+                         ) from None
+
+
+def parse_example(record):
+    """A serialised tf.train.Example -> {feature: flat array}, uint8 of a BytesList of single bytes, float32 of a
+    FloatList."""
+    scene = {}
+    for entry in protobuf(protobuf(memoryview(record))[1][0])[1]:
+        entry = protobuf(entry)
+        (kind, (values,)), = protobuf(entry[2][0]).items()
+        if kind == 1:  # every byte is a message of its own: field 1 (0x0a), length 1, the byte
+            array = np.frombuffer(values, np.uint8).reshape(-1, 3)
+            if (array[:, :2] != (10, 1)).any():
+                raise ValueError("its byte strings are not single bytes")
+            array = array[:, 2]
+        else:
+            array = np.frombuffer(protobuf(values)[1][0], "<f4")
+        scene[bytes(entry[1][0]).decode()] = array
+    return scene
+
+
+def read_tf_checkpoint(prefix):
+    """{key: float32 array} of a TensorFlow 2 checkpoint of one shard.
+
+    PREFIX.index is a LevelDB table, uncompressed, of BundleEntry messages
+    (tensorflow/core/protobuf/tensor_bundle.proto) that say where in PREFIX.data-00000-of-00001 each array lies. Every
+    checksum is checked. Raises OSError for a missing file, ValueError for a damaged one."""
+    index, data = Path(f"{prefix}.index").read_bytes(), Path(f"{prefix}.data-00000-of-00001").read_bytes()
+
+    def checked(buffer, crc):
+        if masked_crc32c(buffer) != int.from_bytes(crc, "little"):
+            raise ValueError("a checksum is wrong")
+        return buffer
+
+    def block(place):
+        """The (key, value) pairs of one block: of each key what differs from the key before is stored."""
+        offset, place = varint(place)
+        end = offset + varint(place)[0] + 1
+        buffer = checked(index[offset:end], index[end:end + 4])
+        if buffer[-1] != 0:
+            raise ValueError("its blocks are compressed, which this reader does not know")
+        key, restarts = b"", int.from_bytes(buffer[-5:-1], "little")
+        buffer = buffer[:len(buffer) - 5 - 4 * restarts]
+        while buffer:
+            shared, buffer = varint(buffer)
+            unshared, buffer = varint(buffer)
+            length, buffer = varint(buffer)
+            key = key[:shared] + buffer[:unshared]
+            yield key.decode(), buffer[unshared:unshared + length]
+            buffer = buffer[unshared + length:]
+
+    arrays = {}
+    try:
+        if index[-8:] != bytes.fromhex("57fb808b247547db"):
+            raise ValueError("its last bytes are not a table's")
+        footer = index[-48:]
+        for _ in range(2):  # the place of the metaindex, which nobody needs
+            footer = varint(footer)[1]
+        for _, place in block(footer):
+            for key, value in block(place):
+                entry = protobuf(value)
+                if key and entry.get(1) == [1]:  # "" is the header; dtype 1 is float32
+                    shape = [protobuf(dim).get(1, [0])[0] for dim in protobuf(entry[2][0]).get(2, [])]
+                    offset, size = entry.get(4, [0])[0], entry[5][0]
+                    array = checked(data[offset:offset + size], entry[6][0])
+                    arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{prefix}.index: damaged or not a TensorFlow checkpoint ({error})") from None
+    return arrays
+
+
+def protobuf(buffer):
+    """A protobuf message -> {field: [values]}: numbers, or bytes still to be decoded."""
+    fields = {}
+    while buffer:
+        tag, buffer = varint(buffer)
+        if tag & 7 == 0:
+            value, buffer = varint(buffer)
+        else:
+            size = {1: 8, 5: 4}.get(tag & 7)
+            if size is None:
+                size, buffer = varint(buffer)
+            if size > len(buffer):
+                raise ValueError("a message ends too early")
+            value, buffer = buffer[:size], buffer[size:]
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def varint(buffer):
+    """protobuf's variable-length number at the start of a buffer -> the number, the rest of the buffer."""
+    number = 0
+    for i in range(10):
+        number |= (buffer[i] & 127) << 7 * i
+        if buffer[i] < 128:
+            return number, buffer[i + 1:]
+    raise ValueError("a number has no end")
+
+
+def masked_crc32c(buffer):
+    """CRC-32C as TensorFlow stores it: rotated and shifted."""
+    crc = 0xFFFFFFFF
+    for byte in buffer:
+        crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+CRC_TABLE = list(range(256))
+for _ in range(8):
+    CRC_TABLE = [crc >> 1 ^ 0x82F63B78 * (crc & 1) for crc in CRC_TABLE]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: whole or absent, and none runs code
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def say(line, end="\n"):
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first
-        with contextlib.suppress(OSError):  # a closed terminal or pipe is no reason to stop
+    """A message on stderr, of the first process alone. A closed terminal or pipe is no reason to stop."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
             print(line, end=end, file=sys.stderr, flush=True)
 
 
-def on_terminal():
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
-def stamp(file):
-    """Changes when the file does."""
-    stat = Path(file).stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def cores():
-    """Of this process: torch.get_num_threads() is 1 under torchrun."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def try_lock(file, wait=False):
-    """Locks an open file. -> True: done, until it is closed or the process ends, however it ends; False: another
-    process has it; None: this system has no such locks."""
+@contextlib.contextmanager
+def one_line_errors():
+    """What a person can mend, a file or a value, ends the program in one line, with exit code 2."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return True
+        yield
+    except (OSError, ValueError) as error:
+        say(f"{Path(sys.argv[0]).name}: {error}")
+        sys.exit(2)
+
+
+def lock(file, wait=False):
+    """Locks an open file until it is closed or its process ends -> False if another process has it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except (OSError, AttributeError):
-        return None
+    except OSError:  # a file system without locks
+        pass
+    return True
 
 
-def cached(folder, settings, jobs, prepare):
-    """Maps {key: [n, ...]} from FOLDER-HASH, which is made first if need be from prepare(job) -> {key: array [m, ...]}
-    of every job, on all cores. The hash is of the settings: another source or setting is another folder.
-    A folder is complete or does not exist: it is written under another name, and renamed at the end. Of several
-    processes that need it one builds, the others wait. At each use its checksums are checked."""
-    digest = hashlib.sha256(json.dumps(["crc32", *settings]).encode()).hexdigest()[:8]  # crc32: the format's version
-    folder = folder.with_name(f"{folder.name}-{digest}")
-    lock = f"{folder}.lock"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for stale in folder.parent.glob("*.part"):  # NAME.PID.part of a killed build; a living one has NAME.lock
-            with contextlib.suppress(OSError):  # another person's
-                with open(f"{str(stale).rsplit('.', 2)[0]}.lock", "w") as other:
-                    if try_lock(other):
-                        shutil.rmtree(stale, ignore_errors=True)
-        with open(lock, "w") as file:
-            if try_lock(file) is False:
-                say(f"another process is building the cache {folder}: waiting for it")
-                try_lock(file, wait=True)
-            if not folder.exists():
-                build_cache(folder, jobs, prepare)
-        with contextlib.suppress(OSError):
-            os.unlink(lock)  # who still waits for it finds the folder (after a failure it builds: the file stays)
+@contextlib.contextmanager
+def whole_file(path):
+    """Gives a temporary path, which replaces `path` at the end: a kill, a full disk or an error leaves that alone."""
+    path = Path(path)
+    part = path.with_name(f"part-{path.name}")  # the suffix stays: it says a figure's format
     try:
-        content, check = (folder / "meta.json").read_bytes().splitlines()
-        if zlib.crc32(content) != int(check):
-            raise ValueError("the checksum of meta.json is wrong")
-        arrays = {}
-        for key, (dtype, shape, sums) in json.loads(content).items():
-            file = folder / f"{key}.bin"
-            if checksums(file) != sums:
-                raise ValueError(f"the checksum of {file.name} is wrong")
-            arrays[key] = np.memmap(file, dtype, "c", shape=tuple(shape))
-        return arrays
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the cache {folder} is damaged ({error}): delete it, and it will be built again") from None
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):  # torch's writer turns a full disk into a RuntimeError
+            raise
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is as it was"
+                      ) from None
 
 
-def checksums(file, block=2 ** 26):
-    """CRC-32 of each block of a file, on all cores: a few seconds for the largest cache, and it warms the disk's."""
-    content = np.memmap(file, np.uint8, "r")
-    with ThreadPoolExecutor(cores()) as pool:
-        return list(pool.map(zlib.crc32, (content[i:i + block] for i in range(0, len(content), block))))
-
-
-def build_cache(folder, jobs, prepare):
-    say(f"building the cache {folder} (once)")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+def read_file(path, mmap=False):
+    """A checkpoint, file of weights or cache (.pt) -> its content. No code in it is run. mmap: map its tensors, do not
+    copy them. Raises OSError or ValueError."""
     try:
-        part.mkdir()
-        write_cache(part, jobs, prepare)
-        part.rename(folder)
-    except OSError as error:
-        if not folder.exists():  # else, where there are no locks, another process was faster, with the same result
-            raise OSError(f"cannot build the cache {folder} ({error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load checks no checksums
+                raise ValueError("a checksum is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch has many ways to say it
+        if isinstance(error, OSError) and error.filename:  # missing, or not to be read
+            raise
+        raise ValueError(f"{path} is damaged or no file of this project ({type(error).__name__})") from None
 
 
-def write_cache(folder, jobs, prepare):
-    files, shapes, count, start, threads = {}, {}, 0, time.time(), torch.get_num_threads()
-    torch.set_num_threads(1)  # the parallelism is over scenes; PyTorch's own under it would only add strife
+def cached(path, sources, build):
+    """{key: tensor [n, ...]} of `build()`, from the file at `path`; it is built if it is not there or older than its
+    sources. Of several processes one builds, the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / "lock", "w") as file:
+        lock(file, wait=True)
+        if not path.exists() or any(path.stat().st_mtime < source.stat().st_mtime for source in sources):
+            say(f"building {path} (once)")
+            content = build()
+            with whole_file(path) as part:
+                torch.save(content, part)
     try:
-        with ThreadPoolExecutor(cores()) as pool:
+        return read_file(path, mmap=True)
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it, and it will be built again") from None
+
+
+def on_all_cores(function, jobs):
+    """function(job) of each job, in order."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the parallelism is over jobs; PyTorch's own under it would only add strife
+    try:
+        with ThreadPoolExecutor(cores) as pool:
             jobs = iter(jobs)
-            while batch := list(islice(jobs, 8 * cores())):
-                for arrays in pool.map(prepare, batch):
-                    for key, array in arrays.items():
-                        if key not in files:
-                            files[key] = open(folder / f"{key}.bin", "wb")
-                            shapes[key] = [str(array.dtype), array.shape[1:]]
-                        files[key].write(np.ascontiguousarray(array))
-                    count += len(array)
-                if on_terminal():
-                    say(f"\r{count:,} scenes, {count / (time.time() - start):,.0f}/s", end="")
+            while chunk := list(islice(jobs, 8 * cores)):
+                yield from pool.map(function, chunk)
     finally:
         torch.set_num_threads(threads)
-        for file in files.values():
-            file.close()
-    if count == 0:
-        raise ValueError("there is no scene, or none with so many objects (--min-objects, --max-objects)")
-    meta = json.dumps({key: [dtype, [count, *shape], checksums(folder / f"{key}.bin")]
-                       for key, (dtype, shape) in shapes.items()})
-    (folder / "meta.json").write_text(f"{meta}\n{zlib.crc32(meta.encode())}\n")
-    say(f"\r{count:,} scenes in {time.time() - start:.0f} s")
+
+
+def concatenate(scenes, shown=5_000):
+    """Arrays of each scene, {key: array} -> {key: tensor [n, ...]}."""
+    columns = {}
+    for number, scene in enumerate(scenes, 1):
+        for key, array in scene.items():
+            columns.setdefault(key, []).append(array)
+        if number % shown == 0:
+            say(f"{number:,} scenes")
+    if not columns:
+        raise ValueError("there is no scene")
+    return {key: torch.from_numpy(np.stack(columns.pop(key))) for key in list(columns)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generated scenes
 # ---------------------------------------------------------------------------------------------------------------------
 
-GENERATORS = 1  # another number, if ever they draw other scenes: old caches are then not used
+GENERATORS = 2  # another number whenever they draw other scenes: it is in the names of their caches
 
 
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
-    """Scenes by the law of a dataset: Tetrominoes anew each time (seconds), the others by way of the cache."""
-    seed, size = 1 if split == "train" else 2, 32  # the splits are the same in every run
-    source = f"generated {name}"
-    if name == "tetrominoes":
-        if resolution != 35 or not min_objects <= 3 <= max_objects:
-            raise ValueError("generated Tetrominoes are of 35 x 35 pixels with 3 objects: leave --resolution, "
-                             "--min-objects and --max-objects out")
-        say(f"tetrominoes: no file in {root}/, so {count:,} {split} scenes are generated by the same law")
-        scenes = make_tetrominoes(count, seed)
-        return Scenes(scenes["image"], scenes["mask"].argmax(1).astype(np.uint8), source=source)
-    if name == "multi_dsprites_on_colored":
-        raise FileNotFoundError(f"no {DATA[name][0]}.tfrecords in {root}/ (from {BUCKET}/multi_dsprites/); "
-                                "--data multi_dsprites needs no files")
+    """Scenes drawn by the rules of a dataset, through the cache, as `load`. The splits are the same in every run."""
+    if name == "tetrominoes" and (resolution != 35 or not min_objects <= 3 <= max_objects):
+        raise ValueError("generated Tetrominoes are of 35 x 35 pixels with 3 objects: leave --resolution, "
+                         "--min-objects and --max-objects out")
     if name == "multi_dsprites" and resolution != 64:
         raise ValueError(f"generated Multi-dSprites are of 64 x 64 pixels, not {resolution}: leave --resolution out")
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"  # other threads ask for 0
-    rendering = contextlib.nullcontext() if device == "cpu" else threading.Semaphore(4)  # few threads fit on one GPU
+    if name != "clevr_like":
+        say(f"no {DATA[name][0]}.tfrecords in {root}/: {count:,} {split} scenes are generated by the same rules")
+    seed, size = 1 if split == "train" else 2, 32 if name == "clevr_like" else 1_000
+    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
-    def prepare(start):
+    def draw(start):
         number = min(size, count - start)
-        if name == "clevr_like":
-            with rendering:
-                scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects,
-                                         crop != "none", device)
-            target = {"target": np.stack([clevr_target({k: v[i] for k, v in scenes.items()}) for i in range(number)])}
+        if name == "tetrominoes":
+            scenes = make_tetrominoes(number, (seed, start))
+        elif name == "multi_dsprites":
+            scenes = make_multi_dsprites(number, (seed, start))
         else:
-            scenes, target = make_multi_dsprites(number, (seed, start)), {}
-            objects = scenes["visibility"].sum(1) - 1
-            keep = (objects >= min_objects) & (objects <= max_objects)
-            scenes = {key: scenes[key][keep] for key in ("image", "mask")}
-        return {"image": scenes["image"], "label": scenes["mask"].argmax(1).astype(np.uint8), **target}
+            scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects,
+                                     crop != "none", device)
+        scenes["label"] = scenes.pop("mask").argmax(1).astype(np.uint8)
+        if name == "clevr_like":
+            scenes["target"] = np.stack([clevr_target({key: scenes[key][i] for key in scenes}) for i in range(number)])
+        objects = scenes["visibility"].sum(1) - 1
+        keep = (objects >= min_objects) & (objects <= max_objects)
+        return {key: scenes[key][keep] for key in ("image", "label", "target") if key in scenes}
 
-    if name == "multi_dsprites":
-        say(f"multi_dsprites: no {DATA[name][0]}.tfrecords in {root}/, so {count:,} {split} scenes are look-alikes")
-    settings = [GENERATORS, name, split, count, resolution, crop, min_objects, max_objects]
-    folder = root / "cache" / f"{name}-{split}-{resolution}"
-    return Scenes(**cached(folder, settings, range(0, count, size), prepare), source=source)
+    def scenes():
+        starts = range(0, count, size)
+        blocks = map(draw, starts) if device.startswith("cuda") else on_all_cores(draw, starts)
+        for block in blocks:
+            for i in range(len(block["image"])):
+                yield {key: array[i] for key, array in block.items()}
+
+    settings = split, count, resolution, crop, min_objects, max_objects
+    path = root / "cache" / f"{name}{GENERATORS}-{'-'.join(map(str, settings))}.pt"
+    arrays = cached(path, [], lambda: concatenate(scenes()))
+    return Scenes(arrays["image"], arrays["label"], arrays.get("target"), source=f"generated {name}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tetrominoes
-# ---------------------------------------------------------------------------------------------------------------------
-
-# The 19 orientations of I, O, L, J, T, S and Z: four cells each, rows from top to bottom.
-TETROMINOES = [[(row, col) for row, line in enumerate(piece.split("/")) for col, cell in enumerate(line) if cell == "#"]
-               for piece in """####  #/#/#/#  ##/##
-                               #./#./##  ###/#..  ##/.#/.#  ..#/###
-                               .#/.#/##  #../###  ##/#./#.  ###/..#
-                               ###/.#.  .#/##/.#  .#./###  #./##/#.
-                               .##/##.  #./##/.#  ##./.##  .#/##/#.""".split()]
-TETROMINO_CELLS = np.array(TETROMINOES)  # [19, 4, 2]
+# The 19 orientations of I, O, L, J, T, S and Z, rows from top to bottom.
+TETROMINOES = """####     #/#/#/#  ##/##
+                 #./#./## ###/#..  ##/.#/.# ..#/###  .#/.#/## #../###  ##/#./#. ###/..#
+                 ###/.#.  .#/##/.# .#./###  #./##/#. .##/##.  #./##/.# ##./.##  .#/##/#.""".split()
+TETROMINO_CELLS = np.array([[(row, col) for row, line in enumerate(piece.split("/"))
+                             for col, cell in enumerate(line) if cell == "#"] for piece in TETROMINOES])  # [19, 4, 2]
 TETROMINO_EXTENT = 5 * (TETROMINO_CELLS.max(axis=1) + 1)  # [19, 2], height and width in pixels
 TETROMINO_COLORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
 TETROMINO_TILE = np.array([[191, 255, 255, 255, 223]] + 3 * [[127, 159, 159, 159, 191]] + [[95, 63, 63, 63, 127]])
 
 
 def make_tetrominoes(count, seed):
-    """Scenes by the law of DeepMind's Tetrominoes: three pieces of 19 orientations and six colours, at any pixel where
-    they lie inside 35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
+    """Scenes by the rules of DeepMind's Tetrominoes: three pieces of 19 orientations and six colours, at any pixel
+    where they lie inside 35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
 
-    -> image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1, background first; factors of float32 with the
-    background first: shape [n, 4] (1 to 19 in the order of TETROMINOES), x, y [n, 4] (centre of the piece's bounding
-    box, in pixels), color [n, 4, 3] (RGB, 0/1), visibility [n, 4] (1: all are there)."""
+    -> image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1, background first; factors with the background first:
+    shape [n, 4] (1 to 19), color [n, 4, 3] (RGB, 0/1), x, y [n, 4] (the bounding box's left and top pixel),
+    visibility [n, 4] (1: all are there)."""
     rng = np.random.default_rng(seed)
     piece, corner = np.empty((count, 3), int), np.empty((count, 3, 2), int)
     todo = np.arange(count)
     while len(todo):  # draw three pieces at once, until none overlap: uniform over the scenes that are allowed
         piece[todo] = rng.integers(len(TETROMINOES), size=(len(todo), 3))
-        corner[todo] = rng.integers(35 - TETROMINO_EXTENT[piece[todo]] + 1)       # [m, 3, 2]
-        todo = todo[tetrominoes_overlap(piece[todo], corner[todo])]
+        corner[todo] = rng.integers(35 - TETROMINO_EXTENT[piece[todo]] + 1)               # [m, 3, 2]
+        cells = corner[todo][:, :, None] + 5 * TETROMINO_CELLS[piece[todo]]               # [m, 3, 4, 2]
+        gaps = np.abs(cells[:, [0, 0, 1], :, None] - cells[:, [1, 2, 2], None, :])        # [m, 3 pairs, 4, 4, 2]
+        todo = todo[(gaps < 5).all(axis=-1).any(axis=(1, 2, 3))]
     color = TETROMINO_COLORS[rng.integers(len(TETROMINO_COLORS), size=(count, 3))]
     image, mask = draw_tetrominoes(piece, corner, color)
-
-    def with_background(values, background):
-        return np.concatenate([np.full_like(values[:, :1], background), values], axis=1).astype(np.float32)
-
-    center = corner + (TETROMINO_EXTENT[piece] - 1) / 2
-    return {"image": image, "mask": mask, "shape": with_background(piece + 1, 0), "color": with_background(color, 0),
-            "x": with_background(center[..., 1], 0), "y": with_background(center[..., 0], 0),
-            "visibility": np.ones((count, 4), np.float32)}
-
-
-def make_moving_tetrominoes(count, frames, seed, speed=2.0):
-    """Clips that begin with such scenes: each piece moves `speed` pixels a frame, straight on in a direction of its
-    own, until the border or another piece throws it back. -> image [n, F, 35, 35, 3] uint8, label [n, F, 35, 35] uint8,
-    0 = background."""
-    scenes = make_tetrominoes(count, seed)
-    piece = scenes["shape"][:, 1:].astype(int) - 1
-    extent = TETROMINO_EXTENT[piece]                                               # [n, 3, 2]
-    corner = np.stack([scenes["y"], scenes["x"]], axis=-1)[:, 1:] - (extent - 1) / 2
-    angle = np.random.default_rng(seed).uniform(0, 2 * np.pi, (count, 3))
-    step = speed * np.stack([np.sin(angle), np.cos(angle)], axis=-1)               # [n, 3, 2]
-    image, label = np.empty((count, frames, 35, 35, 3), np.uint8), np.empty((count, frames, 35, 35), np.uint8)
-    for t in range(frames):
-        image[:, t], mask = draw_tetrominoes(piece, corner.round().astype(int), scenes["color"][:, 1:])
-        label[:, t] = mask.argmax(axis=1)
-        for p in range(3):  # one after the other: a move that would leave the frame or meet a piece is a turn instead
-            moved = corner.copy()
-            moved[:, p] += step[:, p]
-            outside = (moved < 0) | (moved > 35 - extent)
-            moved[outside] = corner[outside]
-            hit = tetrominoes_overlap(piece, moved.round())
-            moved[hit] = corner[hit]
-            step[outside] *= -1
-            step[hit, p] *= -1
-            corner = moved
-    return {"image": image, "label": label}
-
-
-def tetrominoes_overlap(piece, corner):
-    """piece [n, 3], corner [n, 3, 2], as for draw_tetrominoes -> [n] bool."""
-    cells = corner[:, :, None] + 5 * TETROMINO_CELLS[piece]                        # [n, 3, 4, 2], each cell's top left
-    gaps = np.abs(cells[:, [0, 0, 1], :, None] - cells[:, [1, 2, 2], None, :])     # [n, 3 pairs, 4, 4, 2]
-    return (gaps < 5).all(axis=-1).any(axis=(1, 2, 3))
+    factors = {"shape": piece + 1, "color": color, "x": corner[..., 1], "y": corner[..., 0]}
+    factors = {key: np.concatenate([np.zeros_like(value[:, :1]), value], axis=1) for key, value in factors.items()}
+    return {"image": image, "mask": mask, **factors, "visibility": np.ones((count, 4))}
 
 
 def draw_tetrominoes(piece, corner, color):
@@ -616,7 +587,7 @@ def draw_tetrominoes(piece, corner, color):
     -> image [n, 35, 35, 3] uint8, mask [n, 4, 35, 35] uint8 0/1, background first."""
     count = len(piece)
     image, label = np.zeros((count, 35, 35, 3), np.uint8), np.zeros((count, 35, 35), np.uint8)
-    cells = corner[:, :, None] + 5 * TETROMINO_CELLS[piece]                        # [n, 3, 4, 2]
+    cells = corner[:, :, None] + 5 * TETROMINO_CELLS[piece]                               # [n, 3, 4, 2]
     scenes, pixels = np.arange(count)[:, None, None], np.arange(5)
     for p in range(3):
         tiles = (TETROMINO_TILE[None, :, :, None] * color[:, p, None, None]).astype(np.uint8)  # [n, 5, 5, 3]
@@ -628,9 +599,19 @@ def draw_tetrominoes(piece, corner, color):
     return image, (label[:, None] == np.arange(4, dtype=np.uint8)[:, None, None]).view(np.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Multi-dSprites
-# ---------------------------------------------------------------------------------------------------------------------
+def make_moving_tetrominoes(frames, seed, speed=2.0):
+    """A clip that begins with such a scene. Each piece moves `speed` pixels a frame in a direction of its own, is
+    thrown back by the border, and passes over or under the others. -> image [F, 35, 35, 3] uint8"""
+    scene, rng = make_tetrominoes(1, seed), np.random.default_rng(seed)
+    piece = scene["shape"][:, 1:] - 1                                                     # [1, 3]
+    start = np.stack([scene["y"], scene["x"]], axis=-1)[:, 1:]                            # [1, 3, 2]
+    angle = rng.uniform(0, 2 * np.pi, (1, 3))
+    way = np.arange(frames)[:, None, None] * speed * np.stack([np.sin(angle), np.cos(angle)], axis=-1)
+    room = 35 - TETROMINO_EXTENT[piece]
+    corner = np.abs((start + way + room) % (2 * room) - room)                             # [F, 3, 2], a triangle wave
+    color = scene["color"][:, 1:].repeat(frames, axis=0)
+    return draw_tetrominoes(piece.repeat(frames, axis=0), corner.round().astype(int), color)[0]
+
 
 DSPRITES_SCALES, DSPRITES_ORIENTATIONS = np.linspace(0.5, 1, 6), np.linspace(0, 2 * np.pi, 40)
 
@@ -640,36 +621,29 @@ def make_multi_dsprites(count, seed):
     40 orientations, 32 x 32 positions) on a grey background, the later over the earlier. Hue is uniform, saturation and
     value are from 0.5 to 1. The same (count, seed) gives the same scenes.
 
-    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; factors of float32, padded with
-    zeros: shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians), x, y (0 to 1), visibility (1: is there)
-    [n, 6], color [n, 6, 3] (RGB, 0 to 1)."""
+    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; factors [n, 6], padded with zeros:
+    shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians), x, y (0 to 1), visibility (1: is there);
+    color [n, 6, 3] (RGB, 0 to 1)."""
     rng = np.random.default_rng(seed)
-    number = rng.integers(2, 6, count)
+    there = np.arange(5) < rng.integers(2, 6, (count, 1))                                 # [n, 5]
     shape, scale, turn, row, col = (rng.integers(size, size=(count, 5)) for size in (3, 6, 40, 32, 32))
-    hue, saturation, value = rng.random((count, 5, 1)), *rng.uniform(0.5, 1, (2, count, 5, 1))
-    fade = np.abs((hue * 6 - np.array([3, 2, 4])) % 6 - 3)                         # HSV to RGB: a triangle wave each
-    fade = np.clip(np.stack([fade[..., 0] - 1, 2 - fade[..., 1], 2 - fade[..., 2]], -1), 0, 1)
-    color = value * (1 - saturation * (1 - fade))
-    grey = rng.random((count, 1)).repeat(3, 1)
+    hsv = np.stack([rng.random((count, 5)), *rng.uniform(0.5, 1, (2, count, 5))], axis=-1)
+    palette = np.concatenate([rng.random((count, 1, 1)).repeat(3, 2), hsv_to_rgb(hsv)], axis=1)        # [n, 6, 3]
 
-    there = np.arange(5) < number[:, None]
     label, pixels, stencils = np.zeros((count, 64, 64), np.uint8), np.arange(64), dsprites_stencils()
     for s in range(5):  # the painter's order; a stencil is centred in 128 x 128, its window's place sets the sprite's
         rows, cols = pixels - (row[:, s, None] + 16) + 64, pixels - (col[:, s, None] + 16) + 64
         stencil = stencils[shape[:, s], scale[:, s], turn[:, s]]
         drawn = stencil[np.arange(count)[:, None, None], rows[:, :, None], cols[:, None, :]]
         label[drawn & there[:, s, None, None]] = s + 1
-    palette = np.concatenate([grey[:, None], color], axis=1)                       # [n, 6, 3]
     image = (palette * 255).round().astype(np.uint8)[np.arange(count)[:, None, None], label]
 
-    def factor(values, background=0):
-        return np.concatenate([np.full((count, 1), background), np.where(there, values, 0)], axis=1).astype(np.float32)
-
+    factors = {"shape": shape + 1, "scale": DSPRITES_SCALES[scale], "orientation": DSPRITES_ORIENTATIONS[turn],
+               "x": col / 31, "y": row / 31}
+    factors = {key: np.pad(np.where(there, value, 0), ((0, 0), (1, 0))) for key, value in factors.items()}
+    visibility = np.pad(there, ((0, 0), (1, 0)), constant_values=True)
     return {"image": image, "mask": (label[:, None] == np.arange(6, dtype=np.uint8)[:, None, None]).view(np.uint8),
-            "shape": factor(shape + 1), "scale": factor(DSPRITES_SCALES[scale]),
-            "orientation": factor(DSPRITES_ORIENTATIONS[turn]), "visibility": factor(1, 1),
-            "x": factor(col / 31), "y": factor(row / 31),
-            "color": (palette * factor(1, 1)[..., None]).astype(np.float32)}
+            **factors, "visibility": visibility.astype(float), "color": palette * visibility[..., None]}
 
 
 @functools.cache
@@ -679,7 +653,7 @@ def dsprites_stencils():
     cos, sin = np.cos(DSPRITES_ORIENTATIONS)[:, None, None], np.sin(DSPRITES_ORIENTATIONS)[:, None, None]
     stencils = []
     for scale in DSPRITES_SCALES:
-        u, v = (cos * x + sin * y) / (12 * scale), (cos * y - sin * x) / (12 * scale)         # [40, 128, 128]
+        u, v = (cos * x + sin * y) / (12 * scale), (cos * y - sin * x) / (12 * scale)     # [40, 128, 128]
         square = np.maximum(np.abs(u), np.abs(v)) < 0.8
         ellipse = u ** 2 + (v / 0.6) ** 2 < 1
         heart = u ** 2 + (-1.2 * v + 0.1 - 0.75 * np.sqrt(np.abs(u))) ** 2 < 0.9
@@ -691,315 +665,208 @@ def dsprites_stencils():
 # CLEVR look-alike, ray-cast
 # ---------------------------------------------------------------------------------------------------------------------
 
-# CLEVR's tables; codes count from 1. Its renderer takes the colours for linear albedo, hence the pastel look.
-_SIZES = (0.7, 0.35)  # large, small: radius, half height, half side
-_COLORS = ((173, 35, 35), (41, 208, 208), (29, 105, 20), (42, 75, 215),  # red, cyan, green, blue
-           (129, 74, 25), (87, 87, 87), (129, 38, 192), (255, 238, 51))  # brown, gray, purple, yellow
-_SPHERE, _CYLINDER, _CUBE = 1, 2, 3
-# Mean camera, aimed at the origin; focal length and size of the frame in pixels: CLEVR_v1.0's pixel_coords fit these.
-_CAMERA, _FOCAL, _FRAME = (7.481, -6.508, 5.344), 525.0, (480, 320)
-_CROP = (96, 24, 384, 312)  # left, top, right, bottom of the object-discovery crop in that frame
-# Square key, fill and back lamps: mean place; power per channel and ambient light are fitted to real bare ground.
-_LAMPS = ((6.447, -2.905, 4.258), (-4.671, -4.014, 3.011), (-1.168, 2.646, 5.816))
-_POWER = ((5.75, 5.32, 4.63), (1.20, 1.31, 1.66), (2.60, 2.54, 2.49))
-_LAMP_SIDE, _AMBIENT = 0.8, 0.135
+# By code; 0 is no object. A size is a radius, half a height, half a side. CLEVR's renderer takes its
+# colors for linear albedo, hence the pastel look.
+CLEVR_SIZES = np.array([1, 0.7, 0.35])
+CLEVR_COLORS = np.array([[255, 255, 255], [173, 35, 35], [41, 208, 208], [29, 105, 20], [42, 75, 215], [129, 74, 25],
+                         [87, 87, 87], [129, 38, 192], [255, 238, 51]])
+# A solid is what a ball, |BALL * point| <= 1, and a box, |BOX * point| <= 1 on each axis, share; 0 is no
+# limit on an axis. Sphere, cylinder, cube whose corners a ball cuts; their radii squared (and 1% more).
+CLEVR_BALL = np.array([[0, 0, 0], [1, 1, 1], [1, 1, 0], [0.62, 0.62, 0.62]])
+CLEVR_BOX = np.array([[0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 1, 1]])
+CLEVR_REACH = np.array([-np.inf, 1.01, 2.02, 2.63])
+# The mean camera, aimed at the origin, and its focal length in pixels of a frame of 480 x 320 fit the
+# pixel_coords of CLEVR_v1.0; power of key, fill and back lamp and ambient light fit its bare ground.
+CLEVR_CAMERA, CLEVR_FOCAL = np.array([7.481, -6.508, 5.344]), 525
+CLEVR_LAMPS = np.array([[6.447, -2.905, 4.258], [-4.671, -4.014, 3.011], [-1.168, 2.646, 5.816]])
+CLEVR_POWER = np.array([[5.75, 5.32, 4.63], [1.20, 1.31, 1.66], [2.60, 2.54, 2.49]])
+CLEVR_AMBIENT = 0.135
 
 
-def _unit(vector):
-    return vector / (vector * vector).sum(0).sqrt().clamp(min=1e-8)
+def camera_axes(camera):
+    """Right, down and ahead of a camera [3] that is aimed at the origin: [3, 3]."""
+    ahead = -camera / np.linalg.norm(camera)
+    right = np.array([ahead[1], -ahead[0], 0]) / np.hypot(ahead[0], ahead[1])
+    return np.stack([right, np.cross(ahead, right), ahead])
 
 
-def _turned(vector, cos, sin):
-    return torch.stack((cos * vector[0] - sin * vector[1], sin * vector[0] + cos * vector[1], vector[2]))
+def project(points, camera=CLEVR_CAMERA):
+    """CLEVR's 3d_coords [..., 3] -> column, row (in the frame of 480 x 320 pixels) and depth [..., 3], as
+    a camera at `camera` [3] sees them; the mean camera's error in CLEVR_v1.0 is a few pixels."""
+    view = (points - camera) @ camera_axes(camera).T
+    return np.concatenate([view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160), view[..., 2:]], -1)
 
 
-def _surface(point, core, bevel, cylinder):
-    """Signed distance [Q] and outward normal [3,Q] of boxes with rounded edges, at points [3,Q] of the object's frame.
-
-    A sphere is such a box with a core of no size; a cylinder is one in the coordinates (radius, 0, height).
-    """
-    radius = (point[0] * point[0] + point[1] * point[1]).sqrt().clamp(min=1e-6)
-    along = torch.stack((torch.where(cylinder, radius, point[0].abs()),
-                         torch.where(cylinder, 0, point[1].abs()), point[2].abs())) - core
-    outside, deepest = along.clamp(min=0), along.amax(0)
-    length = (outside * outside).sum(0).sqrt()
-    normal = torch.where(length > 0, outside / length.clamp(min=1e-8), (along == deepest).float())
-    side = torch.where(cylinder, normal[0] * point[:2] / radius, normal[:2] * point[:2].sign())
-    return length + deepest.clamp(max=0) - bevel, torch.cat((side, normal[2:] * point[2:].sign()))
+def pixel_centers(window, rows, columns):
+    """-> [R, 2], column and row in the frame of the centers of the pixels that `window` is divided into."""
+    top, bottom, left, right = window
+    y = top + (torch.arange(rows) + 0.5) * (bottom - top) / rows
+    x = left + (torch.arange(columns) + 0.5) * (right - left) / columns
+    return torch.cartesian_prod(y, x).flip(1)
 
 
-def _offsets(world, scene, origin, own):
-    """Vectors [3,N,K] from points [3,N] to all objects, their squares [N,K], and which are met (not `own` [N])."""
-    offset = world["centre"][:, scene] - origin[:, :, None]
-    met = (world["bound"][scene] > 0) & (torch.arange(offset.shape[2], device=own.device) != own[:, None])
-    return offset, (offset * offset).sum(0), met
+def dot(a, b):
+    return (a * b).sum(-1, keepdim=True)
 
 
-def _pairs(world, scene, offsets, direction, spread=0):
-    """The (ray, object) pairs that pass the object's bounding sphere, which the ray's spread per length enlarges.
+class ClevrScene:
+    """One scene, and what R rays see in it. Its E entities begin with the ground."""
 
-    Returns ray [Q], object (slot [Q] and index over all scenes [Q]), length [Q] of the ray up to the point nearest to
-    the centre, its start and direction [3,Q] in the object's frame, and the object's _surface parameters and bound.
-    """
-    offset, square, met = offsets
-    along = (offset * direction[:, :, None]).sum(0)
-    reach = world["bound"][scene] + spread * along
-    ray, slot = ((along > 0) & (square < along * along + reach * reach) & met).nonzero(as_tuple=True)
-    item = scene[ray] * world["bound"].shape[1] + slot
-    cos, sin = world["turn"][:, item]
-    shape = world["core"][item], world["bevel"][item], world["cylinder"][item]
-    return (ray, slot, item, along[ray, slot], _turned(-offset[:, ray, slot], cos, -sin),
-            _turned(direction[:, ray], cos, -sin), shape, world["bound"].flatten()[item])
+    def __init__(self, scene, device):
+        entities = scene["shape"][:1 + np.count_nonzero(scene["shape"])]
+        shape, color, material, size, x, y, angle = (
+            scene[key][:len(entities)] for key in ("shape", "color", "material", "size", "x", "y", "rotation"))
+        size, cos, sin, zero = CLEVR_SIZES[size], np.cos(angle), np.sin(angle), np.zeros_like(angle)
+        turn = np.stack([cos, sin, zero, -sin, cos, zero, zero, zero, zero + 1], 1).reshape(-1, 3, 3)
+        arrays = (scene["camera"], camera_axes(scene["camera"]), scene["lamps"], CLEVR_POWER, np.stack([x, y, size], 1),
+                  turn, CLEVR_BALL[shape] / size[:, None], CLEVR_BOX[shape] / size[:, None],
+                  CLEVR_REACH[shape] * size ** 2, CLEVR_COLORS[color] / 255)
+        (self.camera, self.axes, self.lamps, self.power, self.center, self.turn, self.ball, self.box, self.reach,
+         self.albedo) = (torch.as_tensor(array, dtype=torch.float32, device=device) for array in arrays)
+        self.metal = torch.as_tensor(material == 2, device=device)
 
+    def camera_rays(self, pixel):
+        """pixel [R, 2] -> the rays' origins and unit directions [R, 3], and what they leave [R]: no object."""
+        right, down, ahead = self.axes
+        x, y = ((pixel - pixel.new_tensor([240, 160])) / CLEVR_FOCAL).split(1, 1)
+        direction = F.normalize(x * right + y * down + ahead, dim=1)
+        return self.camera.expand_as(direction), direction, torch.zeros_like(pixel[:, 0], dtype=torch.long)
 
-def _nearest(world, scene, offsets, direction):
-    """First object that each ray hits: distance [N] (inf: none), slot [N] and outward normal [3,N]."""
-    ray, slot, item, along, start, step, shape, bound = _pairs(world, scene, offsets, direction)
-    time = (along - bound).clamp(min=0)
-    # The distance to a convex body is convex along a ray, so Newton's method from outside never overshoots.
-    for _ in range(7):
-        distance, normal = _surface(start + time * step, *shape)
-        slope = (normal * step).sum(0)
-        time = time - torch.where(slope < 0, distance / slope.clamp(max=-1e-3), 0)
-    time = torch.where((distance < 2e-3) & (slope < 0), time, torch.inf)
-    best = torch.full_like(direction[0], torch.inf).scatter_reduce(0, ray, time, "amin")
-    first = (time < torch.inf) & (time == best[ray])
-    chosen, normals = torch.zeros_like(scene), torch.zeros_like(direction)
-    chosen[ray[first]] = slot[first]
-    normals[:, ray[first]] = _turned(normal[:, first], *world["turn"][:, item[first]])
-    return best, chosen, normals
+    def turned(self, entity, vector):
+        """Vectors [Q, 3] in the axes of entities [Q]."""
+        return (self.turn[entity] * vector[:, None]).sum(2)
 
+    def intersect(self, origin, direction, own):
+        """How far rays go before they enter a solid (inf: they miss it), and how far inside: [R, E] each.
+        own [R]: the entity that a ray leaves; being convex, it is not met again."""
+        # Only the Q pairs of ray and solid where the ray meets the solid's bounding sphere are worth a closer look.
+        along = direction @ self.center.T - dot(origin, direction)                 # [R, E]
+        square = dot(origin, origin) - 2 * origin @ self.center.T + dot(self.center, self.center).T
+        near = (along > 0) & (square - along ** 2 < self.reach)
+        ray, entity = pairs = near.scatter(1, own[:, None], False).nonzero(as_tuple=True)
+        start = self.turned(entity, origin[ray] - self.center[entity])             # [Q, 3]
+        step = self.turned(entity, direction[ray])
+        # |p + time * d| = 1 has two solutions, for the ball as well as for each of the box's three axes.
+        p, d = self.ball[entity] * start, self.ball[entity] * step
+        a, b, c = dot(d, d).clamp(min=1e-9), dot(p, d), dot(p, p) - 1
+        root = (b ** 2 - a * c).clamp(min=0).sqrt()
+        p, d = self.box[entity] * start, self.box[entity] * step
+        one, other = (-1 - p) / d, (1 - p) / d
+        enter = torch.cat([(-b - root) / a, torch.minimum(one, other)], 1).amax(1)
+        leave = torch.cat([(-b + root) / a, torch.maximum(one, other)], 1).amin(1)
+        hit = (0 < enter) & (enter < leave)
+        before, inside = torch.full_like(along, torch.inf), torch.zeros_like(along)
+        before[pairs] = torch.where(hit, enter, torch.inf)
+        inside[pairs] = torch.where(hit, leave - enter, 0)
+        return before, inside
 
-def _blocked(world, scene, offsets, to_lamp, far):
-    """Share [N] of a lamp that objects hide: one ray per point, soft by how closely it passes each object."""
-    spread = 0.5 * _LAMP_SIDE / far
-    ray, _, _, along, start, step, shape, bound = _pairs(world, scene, offsets, to_lamp, spread[:, None])
-    low, high = (along - bound).clamp(min=0), along + bound
-    for _ in range(6):  # bisect for the closest approach: the slope of a convex function changes its sign once
-        middle = (low + high) / 2
-        distance, normal = _surface(start + middle * step, *shape)
-        ahead = (normal * step).sum(0) < 0
-        low, high = torch.where(ahead, middle, low), torch.where(ahead, high, middle)
-    part = (0.5 - 0.5 * distance / (spread[ray] * middle).clamp(min=1e-3)).clamp(0, 1)
-    return torch.zeros_like(far).scatter_reduce(0, ray, part * part * (3 - 2 * part), "amax")
+    def first_hit(self, origin, direction, own):
+        """The entity that each ray meets first, and where. A ray to the sky meets the ground far away."""
+        distance, _ = self.intersect(origin, direction, own)
+        distance[:, 0] = origin[:, 2] / (-direction[:, 2]).clamp(min=0.001)
+        distance, entity = distance.min(1)
+        return entity, origin + distance[:, None] * direction
 
+    def normals(self, position, entity):
+        """Those of the surface |ball * point| ** 16 + sum((box * point) ** 16) = 1: its edges look round."""
+        point = self.turned(entity, position - self.center[entity])
+        ball, box = self.ball[entity], self.box[entity]
+        gradient = ball ** 2 * point * dot(ball * point, ball * point) ** 7 + box * (box * point) ** 15
+        return F.normalize((self.turn[entity] * gradient[:, :, None]).sum(1), dim=1)
 
-def _radiance(world, scene, origin, direction, own=None, haze=0.07):
-    """Linear colour [3,N] and entity [N] (0 ground, from 1 objects) seen along rays [3,N] of the scenes [N].
+    def shade(self, origin, direction, own, mirrors=True):
+        """The linear color [R, 3] that rays see, and the entity [R]. mirrors=False: metal is like rubber."""
+        entity, position = self.first_hit(origin, direction, own)
+        normal = torch.zeros_like(position)
+        normal[:, 2] = 1
+        hit = entity > 0
+        normal[hit] = self.normals(position[hit], entity[hit])
+        mirrored = direction - 2 * dot(direction, normal) * normal
+        sky = torch.exp(-direction[:, 2:].clamp(min=0) / 0.07)  # between the far ground and darkness
+        light = CLEVR_AMBIENT * torch.where(hit[:, None], 1, sky)
+        gloss = 0
+        for lamp, power in zip(self.lamps, self.power):
+            to_lamp = lamp - position
+            distance = dot(to_lamp, to_lamp).sqrt()
+            to_lamp = to_lamp / distance
+            # Soft shadows: where a ray has a short way through a solid, a part of the lamp looks over its edge.
+            before, inside = self.intersect(position, to_lamp, entity)
+            power = power * (1 - 2 * inside / before).amin(1, keepdim=True).clamp(min=0)
+            power = power * dot(to_lamp, F.normalize(lamp, dim=0)).clamp(min=0)  # the lamps face the origin
+            light = light + power * dot(to_lamp, normal).clamp(min=0) / distance ** 2
+            gloss = gloss + power * dot(to_lamp, mirrored).clamp(min=0) ** 100
+        color = self.albedo[entity] * light
+        if mirrors:
+            metal = self.metal[entity]
+            seen, _ = self.shade(position[metal], mirrored[metal], entity[metal], mirrors=False)
+            color[metal] = self.albedo[entity[metal]] * (seen + gloss[metal] + 0.2 * light[metal])
+        return color, entity
 
-    Rays with `own` are reflections in that object: metal that they meet looks like rubber, and the light ground blurs
-    into the dark sky over an elevation of `haze`.
-    """
-    start = _offsets(world, scene, origin, torch.full_like(scene, -1) if own is None else own)
-    time, slot, normal = _nearest(world, scene, start, direction)
-    solid = time < torch.inf
-    item, mine = scene * world["bound"].shape[1] + slot, torch.where(solid, slot, -1)
-    time = torch.where(solid, time, (-origin[2] / direction[2].clamp(max=-1e-3)).clamp(max=100))
-    position = origin + time * direction
-    normal[2] = torch.where(solid, normal[2], 1)
-
-    # Ambient light, less what the other objects hide (as spheres), and light that the ground throws back.
-    offset, square, met = offsets = _offsets(world, scene, position, mine)
-    hidden = (offset * normal[:, :, None]).sum(0).clamp(min=0) * met / (square * square.sqrt()).clamp(min=1e-4)
-    hidden = (hidden * world["size"][scene].square()).sum(1)
-    hidden = (hidden * (0.2 + 1.8 * hidden)).clamp(max=0.9)  # less, as they are not black; more nearby: they are wider
-    height = (position[2] / world["size"].flatten()[item].clamp(min=0.1)).clamp(0, 1)
-    bounce = 0.11 * (1 - normal[2]) * (1 + normal[2].clamp(max=0) * (1 - height))  # none right under an object
-    light = (_AMBIENT / 2 * (1 - hidden) * (1 + normal[2]) + bounce).repeat(3, 1)
-    lamps = []
-    for lamp, power in zip(world["lamps"], _POWER):
-        to_lamp = lamp[:, scene] - position
-        far = (to_lamp * to_lamp).sum(0).sqrt()
-        to_lamp = to_lamp / far
-        aim = (_unit(lamp)[:, scene] * to_lamp).sum(0).clamp(min=0)  # the lamps face the origin
-        glare = (1 - _blocked(world, scene, offsets, to_lamp, far)) * aim * light.new_tensor(power)[:, None]
-        light += glare / far.square() * (normal * to_lamp).sum(0).clamp(min=0)
-        lamps.append((to_lamp, far, glare))
-    albedo = torch.where(solid, world["albedo"][:, item], 1)  # the ground's is part of the lamps' power
-    sky = 0.012 + 0.12 * torch.exp(-direction[2].clamp(min=0) / haze)
-    color = torch.where(solid | (direction[2] < 0), albedo * light, sky)
-
-    if own is None:  # metal: mirror the scene, then add the lamps' streaks (CLEVR's metal is spun about z) and images
-        at = (solid & world["metal"].flatten()[item]).nonzero()[:, 0]
-        normal, direction, out = normal[:, at], direction[:, at], -offset[:, at, slot[at]]
-        ring = _unit(torch.stack((-out[1], out[0], torch.zeros_like(out[0]))))
-        cross = torch.linalg.cross(normal, ring, dim=0)
-        # Tops and upper rims, but of a ball only the pole, gather light from all around, in two wedges.
-        ball = (world["core"] == 0)[item[at]]
-        top = torch.where(ball, 50 * normal[2] - 49, 3 * normal[2]).clamp(0, 1)
-        haze = 0.07 + top * (0.5 + 0.6 * (direction * cross).sum(0).abs())
-        mirror = direction - 2 * (normal * direction).sum(0) * normal
-        glow, _ = _radiance(world, scene[at], position[:, at], mirror, slot[at], haze)
-        for to_lamp, far, glare in lamps:
-            half = _unit(to_lamp[:, at] - direction)
-            narrow, wide, up = ((half * axis).sum(0).square() for axis in (ring, cross, normal))
-            streak = 3 / (up + narrow / 0.14 ** 2 + wide / 0.3 ** 2).square() / far[at].square()
-            glow += glare[:, at] * (streak + 1.8 * torch.exp(350 * (up - 1)))
-        color[:, at] = albedo[:, at] * glow
-    return color, torch.where(solid, slot + 1, 0)
-
-
-def _world(scenes, device):
-    """The renderer's tensors, from the numpy arrays [B,10] of _layout; K is the largest number of objects here."""
-    most = int((scenes["shape"] > 0).sum(1).max())
-    of = {k: torch.as_tensor(v if k in ("camera", "lamps") else v[:, :most], device=device) for k, v in scenes.items()}
-    sphere, cylinder = of["shape"] == _SPHERE, of["shape"] == _CYLINDER
-    size = torch.tensor((0,) + _SIZES, device=device)[of["size"].long()]
-    bevel = size * torch.where(sphere, 1, torch.where(cylinder, 0.06, 0.19))
-    camera = of["camera"].T  # [3,B]
-    forward = _unit(-camera)
-    right = _unit(torch.stack((forward[1], -forward[0], torch.zeros_like(forward[0]))))
-    angle = of["rotation"].flatten()  # CLEVR draws degrees, but its renderer takes them for radians
-    return {"camera": camera, "axes": (right, torch.linalg.cross(right, forward, dim=0), forward),
-            "lamps": of["lamps"].permute(1, 2, 0).contiguous(), "centre": torch.stack((of["x"], of["y"], of["z"])),
-            "size": size, "bound": size * torch.where(sphere, 1, torch.where(cylinder, 2, 3)).sqrt(),
-            "core": (size - bevel).flatten(), "bevel": bevel.flatten(), "cylinder": cylinder.flatten(),
-            "turn": torch.stack((angle.cos(), angle.sin())), "metal": of["material"] == 2,
-            "albedo": torch.tensor(((0, 0, 0),) + _COLORS, device=device)[of["color"].long().flatten()].T / 255}
+    def render(self, window, resolution):
+        """A part of the frame, (top, bottom, left, right) -> image [H, W, 3] and entity [H, W], uint8."""
+        pixel = pixel_centers(window, resolution, resolution).to(self.center.device)
+        color, entity = self.shade(*self.camera_rays(pixel))
+        picture = color.clamp(max=1) ** (1 / 2.2)
+        # Antialiasing: four rays for each pixel that differs from a neighbor.
+        grid = picture.T.view(3, resolution, resolution)
+        edge = (F.max_pool2d(grid, 3, 1, 1) + F.max_pool2d(-grid, 3, 1, 1) > 0.15).any(0).flatten()
+        size = (pixel[-1] - pixel[0]) / (resolution - 1)
+        offset = size * pixel.new_tensor([[-0.15, -0.45], [0.45, -0.15], [-0.45, 0.15], [0.15, 0.45]])
+        color, _ = self.shade(*self.camera_rays((pixel[edge, None] + offset).flatten(0, 1)))
+        picture[edge] = color.view(-1, 4, 3).clamp(max=1).mean(1) ** (1 / 2.2)
+        image = (255 * picture).round().view(resolution, resolution, 3)
+        return image.byte().cpu().numpy(), entity.view(resolution, resolution).byte().cpu().numpy()
 
 
-def _camera_rays(world, scene, column, row):
-    """Origins and unit directions [3,N] of the rays through points of the 480x320 frame."""
-    right, up, forward = (axis[:, scene] for axis in world["axes"])
-    column, row = (column - _FRAME[0] / 2) / _FOCAL, (row - _FRAME[1] / 2) / _FOCAL
-    return world["camera"][:, scene], _unit(forward + column * right - row * up)
-
-
-def _pixels(world, window, width, height):
-    """Scene, column and row in the frame [B*height*width] of the centres of all pixels, and a pixel's size."""
-    counts = world["camera"].shape[1], height, width
-    scene, row, column = (g.flatten() for g in torch.meshgrid(
-        *(torch.arange(n, device=world["camera"].device) for n in counts), indexing="ij"))
-    wide, high = (window[2] - window[0]) / width, (window[3] - window[1]) / height
-    return scene, window[0] + (column + 0.5) * wide, window[1] + (row + 0.5) * high, wide, high
-
-
-def _srgb(linear):
-    return 1.055 * linear.clamp(0.0031308, 1) ** (1 / 2.4) - 0.055
-
-
-def _render(scenes, window, resolution, device):
-    """Pictures [B,H,W,3] uint8 and entities at the pixels' centres [B,H,W]."""
-    world = _world(scenes, device)
-    scene, column, row, wide, high = _pixels(world, window, resolution, resolution)
-    color, entity = _radiance(world, scene, *_camera_rays(world, scene, column, row))
-    # Antialias with four more rays per pixel, but only where a pixel differs from a neighbour.
-    tone = torch.cat((_srgb(color), entity[None])).view(4, -1, resolution, resolution)
-    edge = torch.zeros_like(tone[0], dtype=torch.bool)
-    for axis in (1, 2):
-        jump = (tone.diff(dim=axis + 1).abs() > 0.07).any(0)
-        edge.narrow(axis, 0, resolution - 1).logical_or_(jump)
-        edge.narrow(axis, 1, resolution - 1).logical_or_(jump)
-    edge = edge.flatten().nonzero()[:, 0]
-    color[:, edge] = 0
-    for dx, dy in ((-0.15, -0.45), (0.45, -0.15), (-0.45, 0.15), (0.15, 0.45)):
-        rays = _camera_rays(world, scene[edge], column[edge] + dx * wide, row[edge] + dy * high)
-        color[:, edge] += _radiance(world, scene[edge], *rays)[0].clamp(max=1) / 4
-    image = (_srgb(color) * 255).round().to(torch.uint8).view(3, -1, resolution, resolution)
-    return image.permute(1, 2, 3, 0).cpu().numpy(), entity.view(-1, resolution, resolution).cpu().numpy()
-
-
-def _layout(rng, number):
-    """Draws scenes [B] with the given numbers of objects, and whether all found a place, as numpy arrays."""
-    count, real = len(number), np.arange(10) < number[:, None]
-    scenes = {key: np.where(real, rng.integers(1, codes + 1, (count, 10)), 0).astype(np.uint8)
-              for key, codes in (("size", 2), ("material", 2), ("shape", 3), ("color", 8))}
-    scenes["camera"] = np.float32(_CAMERA + rng.uniform(-0.5, 0.5, (count, 3)))
-    scenes["lamps"] = np.float32(_LAMPS + rng.uniform(-1, 1, (count, 3, 3)))
-    size = np.array((0,) + _SIZES)[scenes["size"]]
-    ahead = -scenes["camera"][:, :2] / np.linalg.norm(scenes["camera"][:, :2], axis=1, keepdims=True)
-    axes = np.stack((ahead, ahead[:, ::-1] * (1, -1)), 2)  # [B,2,2]: the camera's directions on the ground
-    place, good = np.zeros((count, 10, 2)), np.ones(count, bool)
-    for slot in range(number.max()):
-        trial = rng.uniform(-3, 3, (count, 50, 2))
-        step = trial[:, :, None] - place[:, None, :slot]  # [B,50,slot,2]
-        gap = np.linalg.norm(step, axis=3) - size[:, None, :slot] - size[:, slot, None, None]
-        fits = ((gap >= 0.25) & (np.abs(step @ axes[:, None]) >= 0.4).all(3)).all(2)
-        place[:, slot] = trial[np.arange(count), fits.argmax(1)]
-        good &= fits.any(1) | ~real[:, slot]
-    for key, value in (("x", place[..., 0]), ("y", place[..., 1]), ("z", size),
-                       ("rotation", rng.uniform(0, 360, (count, 10)))):
-        scenes[key] = np.where(real, value, 0).astype(np.float32)
-    return scenes, good
-
-
-def _visible(scenes):
-    """Whether every object of scenes [B] shows at least 200 pixels of 320x240; always decided on the CPU."""
-    world, (wide, high) = _world(scenes, "cpu"), (72, 48)  # counted on a small map of the frame
-    scene, column, row = _pixels(world, (0, 0) + _FRAME, wide, high)[:3]
-    origin, direction = _camera_rays(world, scene, column, row)
-    time, slot, _ = _nearest(world, scene, _offsets(world, scene, origin, torch.full_like(scene, -1)), direction)
-    seen = torch.bincount((scene * 10 + slot)[time < torch.inf], minlength=len(scenes["x"]) * 10).view(-1, 10).numpy()
-    return ((seen >= 200 * wide * high / (320 * 240)) | (scenes["shape"] == 0)).all(1)
-
-
-def _draw(rng, number):
-    """Scenes [B] with the given numbers of objects that obey the rules: rejection sampling, several tries at a time."""
-    scenes, todo = {}, np.arange(len(number))
-    while len(todo):
-        tries = np.resize(todo, len(number))
-        part, good = _layout(rng, number[tries])
-        rows, first = np.unique(tries[good], return_index=True)
-        part = {key: value[good][first] for key, value in part.items()}
-        seen = _visible(part) if len(rows) else good[:0]
-        for key, value in part.items():
-            scenes.setdefault(key, np.zeros((len(number), *value.shape[1:]), value.dtype))[rows[seen]] = value[seen]
-        todo = np.setdiff1d(todo, rows[seen])
-    return scenes
-
-
-def project(points, camera=_CAMERA):
-    """CLEVR's 3d_coords [..., 3] -> column, row (pixels of the 480 x 320 frame) and depth [..., 3], as a camera at
-    `camera` [..., 3] sees them; the mean camera if not given, whose error in CLEVR_v1.0 is a few pixels."""
-    camera = np.asarray(camera)
-    forward = -camera / np.linalg.norm(camera, axis=-1, keepdims=True)
-    right = np.cross(forward, (0, 0, 1))
-    right /= np.linalg.norm(right, axis=-1, keepdims=True)
-    axes = np.stack((right, np.cross(forward, right), forward), -1)  # right, down, ahead
-    view = ((points - camera)[..., None, :] @ axes)[..., 0, :]
-    return np.concatenate((view[..., :2] / view[..., 2:] * _FOCAL + np.array(_FRAME) / 2, view[..., 2:]), -1)
+def draw_clevr_scene(rng, number):
+    """Factors [11] with the background first, camera [3] and lamps [3, 3] by the rules of CLEVR's generator;
+    where an object finds no place or is hidden, it begins again."""
+    codes = {key: rng.integers(1, len(names) + 1, number) for key, names in CLEVR_CODES.items()}
+    camera, lamps = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3), CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
+    x, y = camera[:2] / np.hypot(camera[0], camera[1])
+    ahead_and_aside = np.array([[x, -y], [y, x]])
+    size, place = CLEVR_SIZES[codes["size"]], np.zeros((number, 2))
+    for i in range(number):
+        trials = rng.uniform(-3, 3, (50, 2))
+        step = trials[:, None] - place[:i]                                         # [50, i, 2]
+        gap = np.linalg.norm(step, axis=2) - size[:i] - size[i]
+        fits = ((gap > 0.25) & (np.abs(step @ ahead_and_aside) > 0.4).all(2)).all(1)
+        if not fits.any():
+            return draw_clevr_scene(rng, number)
+        place[i] = trials[fits.argmax()]
+    factors = {"x": place[:, 0], "y": place[:, 1], "z": size, "rotation": rng.uniform(0, 360, number), **codes}
+    scene = {"camera": camera, "lamps": lamps, "visibility": np.arange(11) <= number,
+             **{key: np.pad(values, (1, 10 - number)) for key, values in factors.items()}}
+    looks = ClevrScene(scene, "cpu")
+    entity, _ = looks.first_hit(*looks.camera_rays(pixel_centers((0, 320, 0, 480), 40, 60)))
+    seen = torch.bincount(entity, minlength=number + 1)[1:] / len(entity)
+    return scene if seen.min() >= 200 / (240 * 320) else draw_clevr_scene(rng, number)
 
 
 def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, crop=True, device="cpu"):
-    """Scenes after CLEVR (Johnson et al. 2017), in the layout of DeepMind's CLEVR with masks; E = 11 entities.
+    """Scenes after CLEVR (Johnson et al. 2017), in the layout of DeepMind's CLEVR with masks: cubes,
+    cylinders and spheres of two sizes, two materials and eight colors on a grey ground, placed by CLEVR's
+    rules, seen by its camera in the light of its lamps. Scene i depends on the seed, the numbers of objects
+    and i, not on count. crop=False: the whole frame, made square, not the part for object discovery, in
+    which objects may be cut or, though present, outside. device: where the pictures are drawn.
 
-    Cubes, cylinders and spheres of two sizes, two materials and eight colours on a grey ground, placed by the rules of
-    CLEVR's generator and ray-cast with its camera and lamps: a look-alike of the data set, not a part of it.
-    crop=True shows the part of the 480x320 frame used for object discovery (rows 24:312, columns 96:384); objects may
-    be cut or, though present, outside. crop=False squashes the whole frame into the square. Scene i depends on the
-    seed, the numbers of objects and i, not on count. `device` is where pictures are rendered.
-
-    Returns a dict of numpy arrays, entity 0 = background, padded with zeros:
-      image [n,H,W,3] uint8; mask [n,11,H,W] uint8 0/1, the visible parts, each pixel in exactly one entity;
-      x, y, z [n,11] float32 in CLEVR's units (x, y in [-3, 3]); rotation [n,11] float32 as stored by CLEVR: 0..360,
-      drawn as degrees, but rendered as radians; pixel_coords [n,11,3] float32: column and row of the object's centre
-      in pixels of the returned picture (pixel j spans [j, j + 1]), depth; visibility [n,11] float32, 1 = exists;
-      size (1 large, 2 small), material (1 rubber, 2 metal), shape (1 sphere, 2 cylinder, 3 cube), color (1 red, 2 cyan,
-      3 green, 4 blue, 5 brown, 6 gray, 7 purple, 8 yellow) [n,11] uint8.
-    """
+    -> image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1, background first; factors [n, 11], padded with
+    zeros: of float32 x, y, z (CLEVR's 3d_coords), rotation (0 to 360; stored as degrees, drawn as radians, as
+    CLEVR does), visibility (1: is there), pixel_coords [n, 11, 3] (column and row of the center in the
+    returned picture, where pixel j spans [j, j + 1], and depth); of uint8 size, material, shape, color, codes
+    from 1 in the order of CLEVR_CODES."""
     if not 1 <= min_objects <= max_objects <= 10:
         raise ValueError(f"need 1 <= min_objects <= max_objects <= 10, got {min_objects} and {max_objects}")
-    drawn, block = [], 32  # scenes that share a random generator
-    for start in range(0, count, block):
-        rng = np.random.default_rng((*np.atleast_1d(seed), start))
-        drawn.append(_draw(rng, rng.integers(min_objects, max_objects + 1, block)))
-    scenes = {key: np.concatenate([part[key] for part in drawn])[:count] for key in drawn[0]}
-
-    window = _CROP if crop else (0, 0) + _FRAME
-    image = np.empty((count, resolution, resolution, 3), np.uint8)
-    mask = np.empty((count, 11, resolution, resolution), np.uint8)
-    batch = max(1, (2 ** 16 if torch.device(device).type == "cpu" else 2 ** 21) // resolution ** 2)
-    for start in range(0, count, batch):
-        part = {key: value[start:start + batch] for key, value in scenes.items()}
-        image[start:start + batch], entity = _render(part, window, resolution, device)
-        mask[start:start + batch] = entity[:, None] == np.arange(11)[:, None, None]
-
-    camera, exists = scenes.pop("camera"), scenes["shape"] > 0
-    del scenes["lamps"]
-    coords = project(np.stack([scenes[key] for key in "xyz"], 2), camera[:, None])
-    scale = resolution / np.array((window[2] - window[0], window[3] - window[1]))
-    coords = np.concatenate(((coords[..., :2] - window[:2]) * scale, coords[..., 2:]), 2) * exists[..., None]
-    padded = {key: np.pad(value, ((0, 0), (1, 0))) for key, value in scenes.items()}
-    return {"image": image, "mask": mask, **padded,
-            "pixel_coords": np.pad(coords, ((0, 0), (1, 0), (0, 0))).astype(np.float32),
-            "visibility": np.pad(exists, ((0, 0), (1, 0)), constant_values=True).astype(np.float32)}
+    window = top, bottom, left, right = CLEVR_CROP[320, 480] if crop else (0, 320, 0, 480)
+    scenes = []
+    for i in range(count):
+        rng = np.random.default_rng((*np.atleast_1d(seed), i))
+        scene = draw_clevr_scene(rng, rng.integers(min_objects, max_objects + 1))
+        image, entity = ClevrScene(scene, device).render(window, resolution)
+        camera, _ = scene.pop("camera"), scene.pop("lamps")
+        coords = project(np.stack([scene[axis] for axis in "xyz"], 1), camera) - (left, top, 0)
+        coords *= np.array([resolution / (right - left), resolution / (bottom - top), 1]) 
+        coords[scene["shape"] == 0] = 0
+        scene = {key: value.astype(np.uint8 if key in CLEVR_CODES else np.float32) for key, value in scene.items()}
+        scenes.append({"image": image, "mask": (entity == np.arange(11)[:, None, None]).view(np.uint8), **scene, "pixel_coords": coords.astype(np.float32)})
+    return {key: np.stack([scene[key] for scene in scenes]) for key in scenes[0]}

@@ -2,7 +2,7 @@
 
     python visualize.py                           the newest run under runs/; before there is one the demo's weights
     python visualize.py RUN                       a run's folder, or a file of weights
-    python visualize.py RUN RUN RUN               one sheet, as in the paper: a row for each
+    python visualize.py RUN RUN RUN               one sheet, as in the paper: rows of each
     python visualize.py RUN --images a.png b.jpg  your own pictures
     python visualize.py RUN --out iterations.gif  the iterations, animated
     python visualize.py RUN --figure curve        the training curve
@@ -10,34 +10,32 @@
     python visualize.py --official PREFIX --images a.png   the official CLEVR weights
 """
 
+import argparse
+import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps  # Pillow comes with matplotlib
+from PIL import Image, ImageOps
 
 import data
-import train
-from data import say
-from slot_attention import load_official_weights, minimum_cost_matching
+from slot_attention import (SlotAttentionAutoEncoder, SlotAttentionClassifier, load_model, load_official_weights,
+                            minimum_cost_matching)
 
-matplotlib.use("Agg")
-matplotlib.rc("savefig", dpi=120)
-import matplotlib.pyplot as plt  # noqa: E402  after the choice of a backend that needs no screen
+matplotlib.use("Agg")  # needs no screen
+import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.animation import PillowWriter  # noqa: E402
 
-# A run of `python train.py --seed 0` without its optimizer:
-# c = torch.load("runs/demo/checkpoint.pt"); del c["optimizer"]; torch.save(c, "assets/demo.pt")
 DEMO = Path(__file__).resolve().parent / "assets" / "demo.pt"
-# The slots', the same in every figure: tab10's, then their lighter twins, without the greys; after 18 from the start.
+# The slots', the same in every figure: tab10's without the grey, then their lighter twins; after 18 from the start.
 TAB20 = plt.get_cmap("tab20").colors
-COLORS = torch.tensor([TAB20[k] for k in (0, 2, 4, 6, 8, 10, 12, 16, 18, 1, 3, 5, 7, 9, 11, 13, 17, 19)]).repeat(57, 1)
+COLORS = torch.tensor([TAB20[k] for k in (0, 2, 4, 6, 8, 10, 12, 16, 18, 1, 3, 5, 7, 9, 11, 13, 17, 19)]).repeat(9, 1)
 WIDTH, CELL = 8.7, 1.15  # of a figure and, at most, of a picture in it, in inches
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures of slots
+# Figures: of a model's outputs on a batch
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -48,61 +46,23 @@ def to_rgb(picture):
 
 def colored(weights):
     """Weights [K, H, W] that sum to 1 over the slots -> [H, W, 3], each slot in its colour."""
-    return torch.einsum("khw,kc->hwc", weights, COLORS[:len(weights)]).clamp(0, 1)
+    return torch.einsum("khw,kc->hwc", weights.float(), COLORS[:len(weights)]).clamp(0, 1)
 
 
-def attention_over(image, attn):
-    """image [3, H, W], attn [K, h, w] -> attn [K, H, W], each cell a block of pixels (nothing is smoothed), and for
-    each slot the grey image tinted with its colour [K, H, W, 3]."""
-    attn = F.interpolate(attn[None].float(), image.shape[1:], mode="nearest-exact")[0]        # [K, H, W]
-    grey = to_rgb(image).mean(-1, keepdim=True) * 0.6 + 0.2                                    # [H, W, 1]
-    return attn, grey + attn[..., None] * (COLORS[:len(attn), None, None] - grey)
-
-
-def attention_row(output, i, image):
-    """Scene i: image, reconstruction, coloured attention, then each slot's attention over the image."""
-    attn, overlays = attention_over(image, output.attn[i, -1])
-    return [to_rgb(image), to_rgb(output.recon_combined[i]), colored(attn), *overlays]
-
-
-def decomposition_row(output, i, image):
+def decomposition_row(image, output, i):
     """Scene i: image, reconstruction, coloured masks, then each slot's picture where its mask is, on white."""
-    masks = output.masks[i, :, 0]                                                             # [K, H, W]
-    slots = 1 + masks[..., None] * (to_rgb(output.recons[i]) - 1)
+    masks = output.masks[i, :, 0]                                             # [K, H, W]
+    slots = 1 + masks[..., None] * (to_rgb(output.recons[i]) - 1)             # [K, H, W, 3]
     return [to_rgb(image), to_rgb(output.recon_combined[i]), colored(masks), *slots]
 
 
-@torch.no_grad()
-def follow(model, frames, noise, num_iterations):
-    """Carries slots through a video: each frame starts from the slots of the frame before, the first from the noise.
-
-    frames: images [B, 3, H, W], noise [B, K, D] -> the model's output for each frame. One image T times, at one
-    iteration a frame, gives the output after each of T iterations."""
-    outputs, slots = [], model.slot_attention.init_slots(noise)
-    for frame in frames:
-        outputs.append(model(frame, slots=slots, num_iterations=num_iterations))
-        slots = outputs[-1].slots
-    return outputs
-
-
-def figure_blocks(subjects, panels):
-    """subjects: of each run (labels of its scenes [B], frames, outputs of `follow`); panels: of a, b, c, clip -> blocks
-    for `draw`. (a) shows every scene at the end, the others the first scene of each run through time."""
-    blocks = []
-    for panel in panels:
-        if panel == "a":
-            rows = [(labels[i], decomposition_row(outputs[-1], i, image))
-                    for labels, frames, outputs in subjects for i, image in enumerate(frames[-1])]
-            blocks.append(("(a) Decomposition", "masks", rows))
-            continue
-        title, head, pictures = {"b": ("(b) Attention at each iteration", "attention", attention_row),
-                                 "c": ("(c) Decomposition after each iteration", "masks", decomposition_row),
-                                 "clip": ("Slots carried from frame to frame", "masks", decomposition_row)}[panel]
-        for labels, frames, outputs in subjects:
-            rows = [(f"{'frame' if panel == 'clip' else 'iteration'} {t + 1}", pictures(output, 0, frame[0]))
-                    for t, (frame, output) in enumerate(zip(frames, outputs))]
-            blocks.append((title + (f": {labels[0]}" if len(subjects) > 1 else ""), head, rows))
-    return blocks
+def attention_row(image, output, i):
+    """Scene i: image, reconstruction, coloured attention, then the grey image tinted by each slot's attention."""
+    attn = F.interpolate(output.attn[i, -1][None].float(), image.shape[1:], mode="nearest-exact")[0]  # [K, H, W]
+    grey = to_rgb(image).mean(-1, keepdim=True) * 0.6 + 0.2                   # [H, W, 1]
+    overlays = grey + attn[..., None] * (COLORS[:len(attn), None, None] - grey)
+    return [to_rgb(image), to_rgb(output.recon_combined[i]) if hasattr(output, "recons") else None, colored(attn),
+            *overlays]
 
 
 def draw(blocks, figure=None):
@@ -121,109 +81,96 @@ def draw(blocks, figure=None):
             axis.set_title(("image", "reconstruction", head)[k] if k < 3 else f"slot {k - 2}", fontsize=font)
         for row, (label, pictures) in zip(axes, rows):
             row[0].set_ylabel(label, fontsize=font)
-            for k, axis in enumerate(row):
-                axis.set(xticks=[], yticks=[], frame_on=k < len(pictures), box_aspect=1)
-                if k < len(pictures):
-                    axis.imshow(pictures[k].numpy(), interpolation="nearest")
+            for axis in row:
+                axis.set(xticks=[], yticks=[], frame_on=False, box_aspect=1)
+            for k, (axis, picture) in enumerate(zip(row, pictures)):
+                axis.imshow(picture.numpy(), interpolation="nearest")
+                axis.set_frame_on(True)
                 if k >= 3:
                     axis.spines[:].set(color=COLORS[k - 3].tolist(), linewidth=2)
     return figure
 
 
-def save_gif(subjects, step, out):
-    """Every scene through time as an animated GIF, which rests on its end."""
-    movie = []
-    for t in range(1, 1 + max(len(frames) for _, frames, _ in subjects)):
-        until_t = [(labels, frames[:t], outputs[:t]) for labels, frames, outputs in subjects]
-        (_, head, rows), = figure_blocks(until_t, "a")
-        movie.append([(f"{step} {t}", head, rows)])
+def figure_3(images, outputs, labels, parts="abc"):
+    """images [B, 3, H, W], outputs: the model's after 1, 2 ... T iterations, labels of the B scenes -> blocks for
+    `draw`: (a) the decomposition of every scene; of the first, after each iteration, (b) attention, (c)
+    decomposition."""
+    scenes = [(label, decomposition_row(image, outputs[-1], i)) for i, (label, image) in enumerate(zip(labels, images))]
+    attention = [(f"iteration {t}", attention_row(images[0], output, 0)) for t, output in enumerate(outputs, 1)]
+    iterations = [(f"iteration {t}", decomposition_row(images[0], output, 0)) for t, output in enumerate(outputs, 1)]
+    blocks = {"a": ("(a) Decomposition", "masks", scenes),
+              "b": ("(b) Attention at each iteration", "attention", attention),
+              "c": ("(c) Decomposition after each iteration", "masks", iterations)}
+    return [blocks[part] for part in parts]
+
+
+def save_gif(movie, path):
+    """movie: blocks for `draw` of each frame -> an animated GIF, which rests on its end."""
     figure, writer = draw(movie[0]), PillowWriter(fps=2)
-    with writer.saving(figure, out, dpi=100):
+    with writer.saving(figure, path, dpi=100):
         for blocks in movie + 3 * movie[-1:]:
             draw(blocks, figure)
             writer.grab_frame()
 
 
-@torch.no_grad()
-def figure_set_prediction(model, images, target, noise, num_iterations):
-    """images [B, 3, H, W], target [B, 10, 19] or None -> a figure: for each scene the image, with the slots' numbers
-    where they place their objects, then each slot's attention over it and what it predicts."""
-    output = model(images, slots=model.slot_attention.init_slots(noise), num_iterations=num_iterations)
-    pred, colors, size = output.predictions, COLORS[:noise.shape[1]].tolist(), images.shape[2:]
+def figure_set_prediction(images, output, target=None):
+    """-> for each scene the image, with the slots' numbers where they place their objects (rings: true places), then
+    each slot's attention and what it predicts: ✓ all attributes right and nearer than 1, ✗ not so, – no object."""
+    pred, K, size = output.predictions.float(), output.predictions.shape[1], np.array(images.shape[:1:-1])
     matched = torch.zeros_like(pred)                                          # [B, K, 19], each prediction's target
     if target is not None:
-        cost = (pred[:, None] - target[:, :, None]).square().mean(-1)         # [B, target, pred]
-        rows, cols = minimum_cost_matching(cost)
+        rows, cols = minimum_cost_matching((pred[:, None] - target[:, :, None]).square().mean(-1))
         scenes = torch.arange(len(pred))[:, None]
         matched[scenes, cols] = target[scenes, rows]
 
     def place(coords):  # [..., 3] as predicted -> column and row in the squashed picture, of CLEVR's mean camera
-        return data.project((6 * coords - 3).numpy())[..., :2] * np.array([size[1] / 480, size[0] / 320])
+        return data.project((6 * coords - 3).numpy())[..., :2] * size / (480, 320)
 
-    half = (len(colors) + 1) // 2  # the slots stand in two rows beside the image
-    cell = min(CELL, WIDTH / (2 + half))
-    figure = plt.figure(figsize=(cell * (2 + half), 2 * (cell + 0.6) * len(images) + 0.6), layout="constrained")
-    title = "Set prediction: where each slot sees its object, its attention, what it predicts and how sure it is"
-    if target is not None:
-        title += "\nRings: true places. ✓ the matched object is so, and nearer than 1; ✗ not so; – rightly no object"
-    figure.suptitle(title, fontsize=9)
-    grid = figure.add_gridspec(2 * len(images), 2 + half)
-    for i, image in enumerate(images):
-        whole = figure.add_subplot(grid[2 * i:2 * i + 2, :2], title=f"scene {i + 1}")
-        whole.imshow(to_rgb(image).numpy(), interpolation="nearest")
+    figure, axes = plt.subplots(len(images), K + 1, squeeze=False, figsize=(1.3 * K + 2.6, 2.3 * len(images)),
+                                width_ratios=[2] + K * [1], layout="constrained")
+    for i, (whole, *row) in enumerate(axes):
+        whole.imshow(to_rgb(images[i]).numpy())
         if target is not None:
-            true = target[i, target[i, :, 18] > 0.5, :3]
-            whole.scatter(*place(true).T, s=130, facecolors="none", edgecolors="white")
-        for k, (p, t, overlay) in enumerate(zip(pred[i], matched[i], attention_over(image, output.attn[i, -1])[1])):
-            axis = figure.add_subplot(grid[2 * i + k // half, 2 + k % half])
-            axis.imshow(overlay.numpy(), interpolation="nearest")
-            axis.spines[:].set(color=colors[k], linewidth=2)
-            words, right, start = [], t[18] > 0.5 and 6 * (p[:3] - t[:3]).norm() < 1, 3
+            whole.scatter(*place(target[i, target[i, :, 18] > 0.5, :3]).T, s=130, facecolors="none", edgecolors="white")
+        for k, (axis, overlay) in enumerate(zip(row, attention_row(images[i], output, i)[3:])):
+            (p, t), color, words, right, start = (pred[i, k], matched[i, k]), COLORS[k].tolist(), [], True, 3
             for names in data.CLEVR_TARGETS.values():
-                said, wanted = (x[start:start + len(names)].argmax() for x in (p, t))
-                words, right, start = words + [names[said]], right and said == wanted, start + len(names)
-            if p[18] < 0.5:
-                sign, caption = "–" if t[18] < 0.5 else "✗", "no object"
-            else:
-                sign, caption = "✓" if right else "✗", "{0} {3}\n{1} {2}\n".format(*words) + f"{p[18]:.0%}"
-                whole.text(*place(p[:3]), k + 1, fontsize=6, color="white" if sum(colors[k]) < 1.9 else "black",
-                           ha="center", va="center", bbox=dict(boxstyle="circle,pad=0.2", color=colors[k]))
+                said = p[start:start + len(names)].argmax()
+                words.append(names[said])
+                right = right and t[start + said] == 1
+                start += len(names)
+            is_object, right = p[18] > 0.5, right and 6 * (p[:3] - t[:3]).norm() < 1
+            if is_object:
+                whole.text(*place(p[:3]), k + 1, fontsize=6, ha="center", va="center", color="white",
+                           bbox=dict(boxstyle="circle,pad=0.2", color=color))
+                words = "{3}\n{0}\n{1}\n{2}".format(*words)
+            sign = "–" if not is_object else "✓" if right else "✗"
+            axis.imshow(overlay.numpy(), interpolation="nearest")
             axis.set_title(f"slot {k + 1} {sign if target is not None else ''}", fontsize=8)
-            axis.set_xlabel(caption, fontsize=7)
-    for axis in figure.axes:
-        axis.set(xticks=[], yticks=[], xlim=(-0.5, size[1] - 0.5), ylim=(size[0] - 0.5, -0.5))
+            axis.set_xlabel(words if is_object else "no object", fontsize=7)
+            axis.spines[:].set(color=color, linewidth=2)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], xlim=(-0.5, size[0] - 0.5), ylim=(size[1] - 0.5, -0.5))
     return figure
 
 
-def figure_curve(runs):
-    """The log.jsonl of each run -> loss, and FG-ARI or AP if there is one, against steps and, of one run, minutes."""
+def figure_curve(logs):
+    """{name: rows of log.jsonl} -> loss above, and FG-ARI or AP below, against steps."""
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(WIDTH, 5.2), layout="constrained")
-    for i, run in enumerate(runs):
-        if not run.exists():
-            raise FileNotFoundError(f"there is no {run}")
-        log = (run if run.is_dir() else run.parent) / "log.jsonl"
-        rows = [{**row, **{f"AP {key}": ap for key, ap in row.get("ap", {}).items()}} for _, row in
-                train.read_log(log.read_bytes())]
-        evals = [row for row in rows if "eval_loss" in row]
-        if not evals:
-            raise ValueError(f"{log}: no log of a training run with an evaluation")
-        steps, minutes = [0] + [row["step"] for row in rows], [0] + [row["seconds"] / 60 for row in rows]
-        folder = log.resolve().parent.name.replace("$", r"\$")
-        name, color = f"{folder} ({minutes[-1]:.1f} minutes)", plt.cm.viridis(i / max(len(runs), 2))
-        loss = [row["loss"] for row in rows]
-        upper.plot(steps[1:], loss, color=color, linewidth=0.6, label=f"{name}: loss, as trained on")
-        metrics = [key for key in evals[-1] if key == "ari" or key.startswith("AP")]
-        for key, style in zip(["eval_loss", *metrics], ("o-", "o-", "o--", "o-.", "o:", "o")):
-            axis, label = (lower, key.replace("ari", "FG-ARI")) if key in metrics else (upper, "loss, held out")
-            axis.plot([row["step"] for row in evals], [row.get(key, np.nan) for row in evals], style, color=color,
-                      markersize=3, label=f"{name}: {label}")
-    upper.set(yscale="log", xlim=(0, max(line.get_xdata()[-1] for line in upper.lines)))
+    for (name, rows), color in zip(logs.items(), COLORS.tolist()):
+        evaluations = [row for row in rows if "eval_loss" in row]
+        steps = [row["step"] for row in evaluations]
+        upper.plot([row["step"] for row in rows], [row["loss"] for row in rows], color=color, linewidth=0.6, alpha=0.6,
+                   label=f"{name}: loss, as trained on ({rows[-1]['seconds'] / 60:.1f} minutes)")
+        upper.plot(steps, [row["eval_loss"] for row in evaluations], "o-", color=color, markersize=3,
+                   label=f"{name}: loss, held out")
+        metrics = [key for key in evaluations[-1] if key.startswith(("ari", "ap_"))]
+        for metric, style in zip(metrics, ("o-", "s--", "^-.", "v:", "D:")):
+            lower.plot(steps, [row[metric] for row in evaluations], style, color=color, markersize=3,
+                       label=f"{name}: {metric.replace('ari', 'FG-ARI').replace('ap_', 'AP, distance ')}")
+    upper.set(yscale="log")
     lower.set(xlabel="steps", ylim=(None, 1))
-    if len(runs) == 1 and minutes[-1] > 0:
-        steps, minutes = steps + [2 * steps[-1]], minutes + [2 * minutes[-1]]  # interp stops at the end, ticks don't
-        scales = (lambda x: np.interp(x, steps, minutes)), (lambda x: np.interp(x, minutes, steps))
-        upper.secondary_xaxis("top", functions=scales).set_xlabel("minutes")
-    for axis in filter(lambda axis: axis.lines, (upper, lower)):
+    for axis in (upper, lower):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return figure
@@ -234,135 +181,124 @@ def figure_curve(runs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def newest_run():
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not runs:
-        say("no run under runs/: drawn with assets/demo.pt, the weights of a run of python train.py --seed 0")
-    return runs[-1].parent if runs else DEMO
+def read_checkpoint(run):
+    """A run's folder or a file of weights -> its checkpoint. Raises OSError or ValueError."""
+    path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
+    checkpoint = data.read_file(path)
+    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("config"), dict)):
+        raise ValueError(f"{path} is no checkpoint of this project")
+    return checkpoint
 
 
-def load(run, official):
-    """A run, or the prefix of the official weights (the paper's CLEVR6 model) -> config, model."""
-    if not official:
-        checkpoint = train.load_checkpoint(run)
-        return checkpoint["config"], train.load_model(checkpoint, run)
-    config = dict(train.DEFAULTS, data="clevr", task="object_discovery", crop="official")
-    model = train.build_model(config)
-    try:
-        load_official_weights(model, official)
-    except Exception as error:  # of files from elsewhere: zip and pickle errors among them
-        raise ValueError(f"--official {official}: {error}") from None
-    return config, model
+def read_log(run):
+    rows = [json.loads(line) for line in read_checkpoint(run).get("log", "").splitlines()]
+    if not any("eval_loss" in row for row in rows):
+        raise ValueError(f"{run} has no log with an evaluation")
+    return rows
 
 
 def load_pictures(paths, config):
-    """Pictures of any mode and size -> [B, 3, H, W] in [-1, 1]: the central square (of one of CLEVR's size the crop of
-    the model's training), resized as in training; white under what is transparent."""
+    """Pictures of any size -> [B, 3, H, W] in [-1, 1]: the central square (of one of CLEVR's size the crop of the
+    model's training), resized as in training; white under what is transparent."""
     pictures = []
     for path in paths:
         try:
-            with Image.open(path, formats=("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")) as file:  # no programs
-                picture = ImageOps.exif_transpose(file)
-            if picture.mode == "F":
-                raise ValueError("its pixels are floats: save it with 8 or 16 bits")
-            if picture.mode.startswith("I"):  # 16 bits, which convert would clip
-                picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = np.array(Image.alpha_composite(white, picture).convert("RGB"))
+            with Image.open(path, formats=("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")) as file:  # none runs programs
+                picture = ImageOps.exif_transpose(file).convert("RGBA")
         except Exception as error:  # Pillow has many ways to say it
             raise ValueError(f"--images {path}: no picture that can be read ({error})") from None
+        picture = np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
         height, width = picture.shape[:2]
-        known = config["data"].startswith("clevr") and (height, width) in data.CLEVR_CROP
-        if not known:
+        crop = config["crop"] if config["data"].startswith("clevr") and (height, width) in data.CLEVR_CROP else "none"
+        if crop == "none" and config["task"] == "object_discovery":
             side = min(height, width)
             picture = picture[(height - side) // 2:, (width - side) // 2:][:side, :side]
-        pictures.append(data.resize(picture, config["resolution"], config["crop"] if known else "none"))
+        pictures.append(data.resize(picture, config["resolution"], crop))
     return data.Scenes(np.stack(pictures)).batch(torch.arange(len(pictures)))["image"]
 
 
-def make_parser():
-    parser = train.Parser(prog="visualize.py", description=__doc__.split("\n\n")[0])
-    add, number = parser.add_argument, train.parse_value(1, 100)
-    add("run", nargs="*", help="a run's folder, or a file of weights; the newest under runs/ if not given")
-    add("--figure", choices=("a", "b", "c", "all", "curve", "clip"),
-        help="parts of Figure 3 (all for one run, a for several), the training curve, or slots carried through a clip")
-    add("--count", type=number, help="held-out scenes (4; of several runs one each), or frames of the clip (8)")
-    add("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
-    add("--official", metavar="PREFIX", help="the official CLEVR weights, a TensorFlow checkpoint or an .npz file")
-    add("--num-slots", type=number, help="other than in training")
-    add("--num-iterations", type=number, help="other than in training")
-    add("--data-root", help="where the real files are, if not where training found them")
-    add("--seed", type=train.parse_value(0), default=0, help="of the slots' initial noise")
-    add("--out", help="the picture's path, animated if .gif; else figure.png (curve.png) in the run's folder, or here")
-    return parser
+def load(run, official):
+    """A run, or the prefix of the official CLEVR weights -> model, config."""
+    if not official:
+        checkpoint = read_checkpoint(run)
+        return load_model(checkpoint), checkpoint["config"]
+    model = SlotAttentionAutoEncoder(128, 7)
+    try:
+        load_official_weights(model, np.load(official) if official.endswith(".npz") else data.read_tf_checkpoint(official))
+    except Exception as error:  # numpy has many ways to say it
+        raise ValueError(f"--official {official}: {error}") from None
+    return model, {"data": "clevr", "task": "object_discovery", "crop": "official", "resolution": 128, "num_slots": 7,
+                   "num_iterations": 3, "slot_dim": 64}
 
 
-def make_figure(args, runs, animated):
-    """Draws what was asked for -> a function that writes it to a path."""
+@torch.no_grad()
+def make_figure(args, runs):
+    """-> a function that writes the figure to a path."""
     if args.figure == "curve":
-        return figure_curve(runs).savefig
-    subjects, panel = [], args.figure or ("all" if len(runs) == 1 else "a")
+        return figure_curve({Path(run).name: read_log(run) for run in runs}).savefig
+    blocks, movie = [], []
     for run in runs:
-        config, model = load(run, args.official)
-        model.slot_attention.implicit = False  # without gradients its last iteration is one like the others
-        num_iterations = args.num_iterations or config["num_iterations"] + config["implicit"]  # T, or T + 1 as trained
-        target = None
-        if panel == "clip":
-            if (config["data"], config["task"], config["resolution"]) != ("tetrominoes", "object_discovery", 35):
-                raise ValueError(f"--figure clip shows moving Tetrominoes of 35 x 35, but {run} is of {config['data']}")
-            clip = data.Scenes(data.make_moving_tetrominoes(1, args.count or 8, seed=args.seed)["image"][0])
-            frames = list(clip.batch(torch.arange(len(clip)))["image"][:, None])
-        elif args.images:  # a still picture is a clip of T equal frames, at one iteration a frame
-            frames = num_iterations * [load_pictures(args.images, config)]
+        model, config = load(run, args.official)
+        batch = {}
+        if args.figure == "clip":
+            clip = data.Scenes(data.make_moving_tetrominoes(args.count or 8, args.seed))
+            images = clip.batch(torch.arange(len(clip)))["image"]
+        elif args.images:
+            images = load_pictures(args.images, config)
         else:
-            root = args.data_root or config["data_root"]
-            scenes = train.load_scenes({**config, "data_root": root, "download": False}, "eval")
-            batch = scenes.batch(torch.arange(min(args.count or (4 if len(runs) == 1 else 1), len(scenes))))
-            frames, target = num_iterations * [batch["image"]], batch.get("target")
-        generator = torch.Generator().manual_seed(args.seed)
-        shape = len(frames[0]), args.num_slots or config["num_slots"], config["slot_dim"]
-        noise = torch.randn(shape, generator=generator)
-        if config["task"] == "set_prediction":
-            if len(runs) > 1:
-                raise ValueError(f"{run} is of set prediction, which is drawn one run at a time")
-            return figure_set_prediction(model, frames[0], target, noise, num_iterations).savefig
-        outputs = follow(model, frames, noise, num_iterations if panel == "clip" else 1)
-        names = [Path(path).stem.replace("$", r"\$") for path in args.images or ()]
-        names = names or [f"scene {i + 1}" for i in range(len(noise))]
-        names = [name if len(name) < 16 else f"…{name[-14:]}" for name in names]
-        labels = names if len(runs) == 1 else len(noise) * [config["data"]]
-        subjects.append((labels, frames, outputs))
-    if animated:
-        return lambda path: save_gif(subjects, "Frame" if panel == "clip" else "Iteration", path)
-    return draw(figure_blocks(subjects, "abc" if panel == "all" else [panel])).savefig
+            keys = "eval_count", "resolution", "crop", "min_objects", "max_objects"
+            scenes = data.load(config["data"], "eval", args.data_root or config["data_root"], *(config[k] for k in keys))
+            batch = scenes.batch(torch.arange(min(args.count or 4, len(scenes))))
+            images = batch["image"]
+        K, T = args.num_slots or config["num_slots"], args.num_iterations or config["num_iterations"]
+        noise = torch.randn(len(images), K, config["slot_dim"], generator=torch.Generator().manual_seed(args.seed))
+        init = model.slot_attention.init_slots(noise)
+        if isinstance(model, SlotAttentionClassifier):
+            return figure_set_prediction(images, model(images, init, num_iterations=T), batch.get("target")).savefig
+        if args.figure == "clip":  # each frame starts from the slots of the frame before
+            rows, slots = [], init[:1]
+            for t, image in enumerate(images, 1):
+                output = model(image[None], slots, num_iterations=T)
+                rows.append((f"frame {t}", decomposition_row(image, output, 0)))
+                slots = output.slots
+            blocks.append(("Slots carried from frame to frame", "masks", rows))
+            movie = [[("Slots carried from frame to frame", "masks", [row])] for row in rows]
+            continue
+        outputs = [model(images, init, num_iterations=t) for t in range(1, T + 1)]
+        labels = [Path(path).stem for path in args.images or ()] or [f"scene {i + 1}" for i in range(len(images))]
+        labels = labels if len(runs) == 1 else [config["data"]] * len(images)
+        blocks += figure_3(images, outputs, labels, args.figure if len(runs) == 1 else "a")
+        movie = [figure_3(images, outputs[:t], labels, "a") for t in range(1, T + 1)]
+    if len(runs) > 1:
+        blocks = [("Decomposition", "masks", [row for _, _, rows in blocks for row in rows])]
+    return (lambda path: save_gif(movie, path)) if str(args.out).endswith(".gif") else draw(blocks).savefig
 
 
 def main(argv=None):
-    parser = make_parser()
+    parser = argparse.ArgumentParser("visualize.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="*", help="runs' folders, or files of weights; the newest run if not given")
+    parser.add_argument("--figure", choices=("a", "b", "c", "abc", "curve", "clip"), default="abc",
+                        help="parts of Figure 3 (abc), the training curve, or slots carried through a clip")
+    parser.add_argument("--count", type=int, help="held-out scenes (4), or frames of the clip (8)")
+    parser.add_argument("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
+    parser.add_argument("--official", metavar="PREFIX", help="the official CLEVR weights (TensorFlow checkpoint or .npz)")
+    parser.add_argument("--num-slots", type=int, help="other than in training")
+    parser.add_argument("--num-iterations", type=int, help="other than in training")
+    parser.add_argument("--data-root", help="where the real files are, if not where training found them")
+    parser.add_argument("--seed", type=int, default=0, help="of the slots' initial noise")
+    parser.add_argument("--out", help="the picture's path, animated if .gif; else figure.png in the run's folder, or here")
     args = parser.parse_args(argv)
-    with parser.one_line_errors():
-        special = args.figure in ("curve", "clip")
-        if args.official and (args.run or special or not (args.images or args.data_root)):
-            raise ValueError("--official draws Figure 3 of --images, or of CLEVR under --data-root, and takes no run")
-        idle = {"images": ("count", "data_root"), "clip": ("images", "data_root"),
-                "curve": ("images", "data_root", "count", "num_slots", "num_iterations")}
-        for key in idle.get(args.figure if special else "images" if args.images else None, ()):
-            if getattr(args, key):
-                what = f"--figure {args.figure}" if special else "--images"
-                raise ValueError(f"{what} takes no {train.flag(key)}")
-        runs = [Path(run) for run in args.run] or [DEMO if args.official else newest_run()]
-        folder = runs[0] if runs[0].is_dir() else runs[0].parent if runs[0].name == "checkpoint.pt" else Path()
-        name = "curve.png" if args.figure == "curve" else "figure.png"
-        out = Path(args.out) if args.out else (folder if len(runs) == 1 else Path()) / name
-        out = out if out.suffix else out.with_suffix(".png")
-        if out.suffix == ".gif" and args.figure in ("b", "c", "curve"):
-            raise ValueError(f"{out}: --figure {args.figure} does not move; a .gif shows --figure a or clip")
-        save = make_figure(args, runs, animated=out.suffix == ".gif")
-        with train.whole_file(out) as part:
-            save(part)
-        plt.close("all")
-        say(f"drew {out}")
+    newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)[-1:]
+    runs = args.run or [str(path.parent) for path in newest] or [str(DEMO)]
+    folder = Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_dir() and not args.official else Path()
+    out = Path(args.out or folder / ("curve.png" if args.figure == "curve" else "figure.png"))
+    with data.one_line_errors():
+        write = make_figure(args, runs)
+        with data.whole_file(out) as part:
+            write(part)
+    plt.close("all")
+    data.say(f"drew {out}")
 
 
 if __name__ == "__main__":
