@@ -77,45 +77,39 @@ DATA = {
     "clevr_like": (None, 70_000, 128),
 }
 BUCKET = "https://storage.googleapis.com/multi-object-datasets"
+FOLDERS = {"clevr": "clevr_with_masks", "multi_dsprites_on_colored": "multi_dsprites"}
 
 
 def load(name, split, root="data", count=None, resolution=None, crop="paper", min_objects=0, max_objects=10):
-    """The "train" or "eval" split of a dataset of DATA -> Scenes. The two share no scene.
+    """The "train" or "eval" split of a dataset of DATA -> Scenes: its first `count` scenes with a number of objects in
+    the range. The two splits share no scene.
 
     Real files are looked for under `root` and decoded once, into a cache beside them. Without them Tetrominoes and
-    Multi-dSprites (on grey) are generated. count: scenes at most. min_objects, max_objects: only scenes with a number
-    of objects in this range. crop, for CLEVR: "paper", the central square; "official", the window that the official
-    code cuts out of CLEVR_v1.0; "none", the whole picture, made square (the set prediction task).
-    Raises OSError or ValueError, with a line that says what to do."""
+    Multi-dSprites (on grey) are generated. crop, for CLEVR: "paper", the central square; "official", the window that
+    the official code cuts out of CLEVR_v1.0; "none", the whole picture, made square. Raises OSError or ValueError."""
     stem, train_count, full_resolution = DATA[name]
     root, resolution = Path(root), resolution or full_resolution
     file = root / f"{stem}.tfrecords"
     clevr = next((folder for folder in (root / "CLEVR_v1.0", root / "clevr/CLEVR_v1.0") if folder.exists()), None)
     if file.exists():
-        sources, scenes = [file], functools.partial(tfrecords_scenes, file, resolution, crop)
+        source, files, scenes = stem, [file], functools.partial(tfrecords_scenes, file, resolution, crop)
     elif name == "clevr" and clevr:
-        sources = sorted(clevr.glob("scenes/CLEVR_*_scenes.json"), reverse=True)              # val, train
+        source, files = clevr.name, list(clevr.glob("scenes/*.json"))
         scenes = functools.partial(clevr_v1_scenes, clevr, resolution, crop)
-    elif name == "clevr":
-        raise FileNotFoundError(
-            f"no CLEVR in {root}/: put clevr_with_masks_train.tfrecords there (10.5 GB, with masks; from {BUCKET}/"
-            "clevr_with_masks/), or the original, 18 GB without masks: python -c \"import torchvision; "
-            f"torchvision.datasets.CLEVRClassification('{root}', download=True)\"; --data clevr_like needs no files")
-    elif name == "multi_dsprites_on_colored":
-        raise FileNotFoundError(f"no {file} (from {BUCKET}/multi_dsprites/); --data multi_dsprites needs no files")
+    elif name in ("clevr", "multi_dsprites_on_colored"):
+        raise FileNotFoundError(f"no {file}, from {BUCKET}/{FOLDERS[name]}/ (the README's section Data has more); "
+                                "--data clevr_like and multi_dsprites need no files")
     else:
         return generate(name, split, root, count or train_count, resolution, crop, min_objects, max_objects)
-    source = sources[0].stem if file.exists() else clevr.name
-    arrays = cached(root / "cache" / f"{source}-{resolution}-{crop}.pt", sources, lambda: concatenate(scenes()))
+    arrays = cached(root / "cache" / f"{source}-{resolution}-{crop}.pt", files, lambda: concatenate(scenes()))
     index = choose(arrays.pop("objects"), split, train_count, count, min_objects, max_objects)
     arrays = {key: array[index] for key, array in arrays.items()}
     return Scenes(arrays["image"], arrays.get("label"), arrays.get("target"), source)
 
 
 def choose(objects, split, train_count, count=None, min_objects=0, max_objects=10):
-    """The indices of a split: the first `train_count` scenes are for training, those after them for evaluation (of a
-    file with no more than those the last fifth), and of these the first `count` with a number of `objects` [n] in the
-    range."""
+    """Numbers of objects [n] -> indices: the first `train_count` scenes are for training, those after them for
+    evaluation (of a file with no more than those the last fifth), and of these the first `count` in the range."""
     n = len(objects)
     border = train_count if n > train_count else n - max(1, n // 5)
     index = torch.arange(border) if split == "train" else torch.arange(border, n)
@@ -163,8 +157,8 @@ def clevr_v1_scenes(folder, resolution, crop):
     val, one after the other."""
     def read(job):
         path, target = job
-        return {"image": resize(read_png(path), resolution, crop), "target": target,
-                "objects": np.uint8(target[:, 18].sum())}
+        return {"image": resize(read_png(path), resolution, crop)[None], "target": target[None],
+                "objects": np.uint8([target[:, 18].sum()])}
 
     jobs = []
     for part in ("train", "val"):
@@ -234,11 +228,11 @@ def tfrecords_scenes(file, resolution, crop):
     for number, scene in enumerate(read_tfrecords(file, file.stem, limit)):
         try:
             window = crop if is_clevr else "none"
-            arrays = {"image": resize(scene["image"], resolution, window),
-                      "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window),
-                      "objects": np.uint8(round(float(scene["visibility"].sum())) - 1)}  # it counts the background
+            arrays = {"image": resize(scene["image"], resolution, window)[None],
+                      "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window)[None],
+                      "objects": np.uint8([round(float(scene["visibility"].sum())) - 1])}  # it counts the background
             if is_clevr:
-                arrays["target"] = clevr_target(scene)
+                arrays["target"] = clevr_target(scene)[None]
         except (ValueError, KeyError, IndexError, OverflowError) as error:
             raise ValueError(f"{file}, record {number}: damaged or not {file.stem} ({error!r}); get the file again"
                              ) from None
@@ -248,10 +242,9 @@ def tfrecords_scenes(file, resolution, crop):
 def read_tfrecords(path, name, limit=None):
     """The scenes of one of DeepMind's GZIP TFRecord files, one dict of arrays each, in the file's order.
 
-    name: a key of TFRECORDS; "_train" after it is ignored. limit: of scenes. -> image [H, W, 3] uint8; mask [E, H, W]
-    uint8 0/1, background first; the factors as stored, [E] or [E, 3], float32 or uint8. The content is checked by
-    GZIP's own checksum: at the end of the file, so it is read up to there whatever the limit. Raises ValueError naming
-    file and record where the file is truncated, damaged or another."""
+    name: a key of TFRECORDS; "_train" after it is ignored. -> image [H, W, 3] uint8; mask [E, H, W] uint8 0/1,
+    background first; the factors as stored, [E] or [E, 3], float32 or uint8. GZIP's checksum is at the file's end, so
+    it is read up to there whatever the limit. Raises ValueError where the file is cut short, damaged or another."""
     image_shape, mask_shape, entities_third = TFRECORDS[name.removesuffix("_train")]
     number = 0
     try:
@@ -300,11 +293,9 @@ def parse_example(record):
 
 
 def read_tf_checkpoint(prefix):
-    """{key: float32 array} of a TensorFlow 2 checkpoint of one shard.
-
-    PREFIX.index is a LevelDB table, uncompressed, of BundleEntry messages
-    (tensorflow/core/protobuf/tensor_bundle.proto) that say where in PREFIX.data-00000-of-00001 each array lies. Every
-    checksum is checked. Raises OSError for a missing file, ValueError for a damaged one."""
+    """{key: float32 array} of a TensorFlow 2 checkpoint of one shard. PREFIX.index is a LevelDB table, uncompressed, of
+    BundleEntry messages (tensorflow/core/protobuf/tensor_bundle.proto) that say where in PREFIX.data-00000-of-00001
+    each array lies. Raises OSError for a missing file, ValueError for a damaged one."""
     index, data = Path(f"{prefix}.index").read_bytes(), Path(f"{prefix}.data-00000-of-00001").read_bytes()
 
     def checked(buffer, crc):
@@ -487,17 +478,17 @@ def on_all_cores(function, jobs):
         torch.set_num_threads(threads)
 
 
-def concatenate(scenes, shown=5_000):
-    """Arrays of each scene, {key: array} -> {key: tensor [n, ...]}."""
+def concatenate(blocks):
+    """Blocks of scenes, {key: array [m, ...]} -> {key: tensor [n, ...]}."""
     columns = {}
-    for number, scene in enumerate(scenes, 1):
-        for key, array in scene.items():
+    for number, block in enumerate(blocks, 1):
+        for key, array in block.items():
             columns.setdefault(key, []).append(array)
-        if number % shown == 0:
-            say(f"{number:,} scenes")
-    if not columns:
-        raise ValueError("there is no scene")
-    return {key: torch.from_numpy(np.stack(columns.pop(key))) for key in list(columns)}
+        if number % 100 == 0:
+            say(f"{sum(map(len, columns['image'])):,} scenes", end="\r")
+    if not any(map(len, columns.get("image", []))):
+        raise ValueError("there is no scene, or none with --min-objects to --max-objects")
+    return {key: torch.from_numpy(np.concatenate(columns.pop(key))) for key in list(columns)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -509,42 +500,31 @@ GENERATORS = 2  # another number whenever they draw other scenes: it is in the n
 
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
     """Scenes drawn by the rules of a dataset, through the cache, as `load`. The splits are the same in every run."""
-    if name == "tetrominoes" and (resolution != 35 or not min_objects <= 3 <= max_objects):
-        raise ValueError("generated Tetrominoes are of 35 x 35 pixels with 3 objects: leave --resolution, "
-                         "--min-objects and --max-objects out")
-    if name == "multi_dsprites" and resolution != 64:
-        raise ValueError(f"generated Multi-dSprites are of 64 x 64 pixels, not {resolution}: leave --resolution out")
+    full = DATA[name][2]
     if name != "clevr_like":
         say(f"no {DATA[name][0]}.tfrecords in {root}/: {count:,} {split} scenes are generated by the same rules")
+        if resolution != full:
+            raise ValueError(f"generated {name} are of {full} x {full} pixels: leave --resolution out")
     seed, size = 1 if split == "train" else 2, 32 if name == "clevr_like" else 1_000
-    device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
     def draw(start):
         number = min(size, count - start)
-        if name == "tetrominoes":
-            scenes = make_tetrominoes(number, (seed, start))
-        elif name == "multi_dsprites":
-            scenes = make_multi_dsprites(number, (seed, start))
-        else:
-            scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects,
-                                     crop != "none", device)
-        scenes["label"] = scenes.pop("mask").argmax(1).astype(np.uint8)
         if name == "clevr_like":
+            scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects,
+                                     crop != "none")
             scenes["target"] = np.stack([clevr_target({key: scenes[key][i] for key in scenes}) for i in range(number)])
+        else:
+            make = make_tetrominoes if name == "tetrominoes" else make_multi_dsprites
+            scenes = make(number, (seed, start))
+        scenes["label"] = scenes["mask"].argmax(1).astype(np.uint8)
         objects = scenes["visibility"].sum(1) - 1
         keep = (objects >= min_objects) & (objects <= max_objects)
         return {key: scenes[key][keep] for key in ("image", "label", "target") if key in scenes}
 
-    def scenes():
-        starts = range(0, count, size)
-        blocks = map(draw, starts) if device.startswith("cuda") else on_all_cores(draw, starts)
-        for block in blocks:
-            for i in range(len(block["image"])):
-                yield {key: array[i] for key, array in block.items()}
-
     settings = split, count, resolution, crop, min_objects, max_objects
     path = root / "cache" / f"{name}{GENERATORS}-{'-'.join(map(str, settings))}.pt"
-    arrays = cached(path, [], lambda: concatenate(scenes()))
+    starts = range(0, count, size)
+    arrays = cached(path, [], lambda: concatenate(on_all_cores(draw, starts)))
     return Scenes(arrays["image"], arrays["label"], arrays.get("target"), source=f"generated {name}")
 
 
@@ -665,22 +645,19 @@ def dsprites_stencils():
 # CLEVR look-alike, ray-cast
 # ---------------------------------------------------------------------------------------------------------------------
 
-# By code; 0 is no object. A size is a radius, half a height, half a side. CLEVR's renderer takes its
-# colors for linear albedo, hence the pastel look.
-CLEVR_SIZES = np.array([1, 0.7, 0.35])
+# By code; 0 is no object. A size is a radius, half a height, half a side; a color is linear albedo.
+CLEVR_SIZES = np.array([1, 0.7, 0.35], np.float32)
 CLEVR_COLORS = np.array([[255, 255, 255], [173, 35, 35], [41, 208, 208], [29, 105, 20], [42, 75, 215], [129, 74, 25],
                          [87, 87, 87], [129, 38, 192], [255, 238, 51]])
-# A solid is what a ball, |BALL * point| <= 1, and a box, |BOX * point| <= 1 on each axis, share; 0 is no
-# limit on an axis. Sphere, cylinder, cube whose corners a ball cuts; their radii squared (and 1% more).
-CLEVR_BALL = np.array([[0, 0, 0], [1, 1, 1], [1, 1, 0], [0.62, 0.62, 0.62]])
-CLEVR_BOX = np.array([[0, 0, 0], [0, 0, 0], [0, 0, 1], [1, 1, 1]])
+# Six limits of each solid, in which |ball * point| <= 1 and on each axis |box * point| <= 1 (0: no
+# limit): sphere, cylinder, cube whose corners a ball cuts off. Their radii squared, and 1% more.
+CLEVR_SOLIDS = np.array([[0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 1], [0.62, 0.62, 0.62, 1, 1, 1]])
 CLEVR_REACH = np.array([-np.inf, 1.01, 2.02, 2.63])
-# The mean camera, aimed at the origin, and its focal length in pixels of a frame of 480 x 320 fit the
-# pixel_coords of CLEVR_v1.0; power of key, fill and back lamp and ambient light fit its bare ground.
+# The mean camera, aimed at the origin, and its focal length (pixels of the 480 x 320 frame) fit the
+# pixel_coords of CLEVR_v1.0; power of key, fill and back lamp and ambient light fit bare ground.
 CLEVR_CAMERA, CLEVR_FOCAL = np.array([7.481, -6.508, 5.344]), 525
 CLEVR_LAMPS = np.array([[6.447, -2.905, 4.258], [-4.671, -4.014, 3.011], [-1.168, 2.646, 5.816]])
-CLEVR_POWER = np.array([[5.75, 5.32, 4.63], [1.20, 1.31, 1.66], [2.60, 2.54, 2.49]])
-CLEVR_AMBIENT = 0.135
+CLEVR_POWER, CLEVR_AMBIENT = np.array([[5.75, 5.32, 4.63], [1.20, 1.31, 1.66], [2.60, 2.54, 2.49]]), 0.135
 
 
 def camera_axes(camera):
@@ -691,141 +668,128 @@ def camera_axes(camera):
 
 
 def project(points, camera=CLEVR_CAMERA):
-    """CLEVR's 3d_coords [..., 3] -> column, row (in the frame of 480 x 320 pixels) and depth [..., 3], as
-    a camera at `camera` [3] sees them; the mean camera's error in CLEVR_v1.0 is a few pixels."""
+    """CLEVR's 3d_coords [..., 3] -> column, row (in the 480 x 320 frame) and depth [..., 3] for a
+    camera at `camera` [3]; for the mean camera the error in CLEVR_v1.0 is a few pixels."""
     view = (points - camera) @ camera_axes(camera).T
     return np.concatenate([view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160), view[..., 2:]], -1)
 
 
-def pixel_centers(window, rows, columns):
-    """-> [R, 2], column and row in the frame of the centers of the pixels that `window` is divided into."""
-    top, bottom, left, right = window
+def pixel_centers(top, bottom, left, right, rows, columns):
+    """A part of the frame, divided into pixels -> column and row in the frame of centers [R, 2]."""
     y = top + (torch.arange(rows) + 0.5) * (bottom - top) / rows
     x = left + (torch.arange(columns) + 0.5) * (right - left) / columns
-    return torch.cartesian_prod(y, x).flip(1)
+    return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], 1)
 
 
 def dot(a, b):
     return (a * b).sum(-1, keepdim=True)
 
 
+def apply(matrix, vector):
+    return (matrix * vector[:, None]).sum(2)
+
+
 class ClevrScene:
     """One scene, and what R rays see in it. Its E entities begin with the ground."""
 
-    def __init__(self, scene, device):
-        entities = scene["shape"][:1 + np.count_nonzero(scene["shape"])]
-        shape, color, material, size, x, y, angle = (
-            scene[key][:len(entities)] for key in ("shape", "color", "material", "size", "x", "y", "rotation"))
+    def __init__(self, factors, camera, lamps):
+        there = factors["visibility"] > 0
+        x, y, angle, size, shape, color, material = (
+            factors[key][there] for key in ("x", "y", "rotation", "size", "shape", "color", "material"))
         size, cos, sin, zero = CLEVR_SIZES[size], np.cos(angle), np.sin(angle), np.zeros_like(angle)
         turn = np.stack([cos, sin, zero, -sin, cos, zero, zero, zero, zero + 1], 1).reshape(-1, 3, 3)
-        arrays = (scene["camera"], camera_axes(scene["camera"]), scene["lamps"], CLEVR_POWER, np.stack([x, y, size], 1),
-                  turn, CLEVR_BALL[shape] / size[:, None], CLEVR_BOX[shape] / size[:, None],
-                  CLEVR_REACH[shape] * size ** 2, CLEVR_COLORS[color] / 255)
-        (self.camera, self.axes, self.lamps, self.power, self.center, self.turn, self.ball, self.box, self.reach,
-         self.albedo) = (torch.as_tensor(array, dtype=torch.float32, device=device) for array in arrays)
-        self.metal = torch.as_tensor(material == 2, device=device)
+        solid = (CLEVR_SOLIDS[shape] / size[:, None])[:, :, None] * np.tile(turn, (1, 2, 1))  # [E, 6, 3]
+        arrays = (camera, camera_axes(camera), lamps, CLEVR_POWER, CLEVR_COLORS[color] / 255, material == 2,
+                  np.stack([x, y, size], 1), CLEVR_REACH[shape] * size ** 2, solid)
+        (self.camera, self.axes, self.lamps, self.power, self.albedo, self.metal, self.center, self.reach,
+         self.solid) = (torch.as_tensor(array, dtype=torch.float32) for array in arrays)
 
     def camera_rays(self, pixel):
-        """pixel [R, 2] -> the rays' origins and unit directions [R, 3], and what they leave [R]: no object."""
+        """Pixels [R, 2] -> the origins and unit directions [R, 3] of the rays through them."""
         right, down, ahead = self.axes
         x, y = ((pixel - pixel.new_tensor([240, 160])) / CLEVR_FOCAL).split(1, 1)
         direction = F.normalize(x * right + y * down + ahead, dim=1)
-        return self.camera.expand_as(direction), direction, torch.zeros_like(pixel[:, 0], dtype=torch.long)
+        return self.camera.expand_as(direction), direction
 
-    def turned(self, entity, vector):
-        """Vectors [Q, 3] in the axes of entities [Q]."""
-        return (self.turn[entity] * vector[:, None]).sum(2)
-
-    def intersect(self, origin, direction, own):
-        """How far rays go before they enter a solid (inf: they miss it), and how far inside: [R, E] each.
-        own [R]: the entity that a ray leaves; being convex, it is not met again."""
-        # Only the Q pairs of ray and solid where the ray meets the solid's bounding sphere are worth a closer look.
+    def intersect(self, origin, direction):
+        """How far rays go before each solid (inf: past it), and then inside it: [R, E] each."""
+        # A closer look only at the Q pairs of a ray and a solid whose bounding sphere it meets.
         along = direction @ self.center.T - dot(origin, direction)                 # [R, E]
         square = dot(origin, origin) - 2 * origin @ self.center.T + dot(self.center, self.center).T
-        near = (along > 0) & (square - along ** 2 < self.reach)
-        ray, entity = pairs = near.scatter(1, own[:, None], False).nonzero(as_tuple=True)
-        start = self.turned(entity, origin[ray] - self.center[entity])             # [Q, 3]
-        step = self.turned(entity, direction[ray])
-        # |p + time * d| = 1 has two solutions, for the ball as well as for each of the box's three axes.
-        p, d = self.ball[entity] * start, self.ball[entity] * step
+        ray, entity = ((along > 0) & (square - along ** 2 < self.reach)).nonzero(as_tuple=True)
+        p, q = apply(self.solid[entity], origin[ray] - self.center[entity]).split(3, 1)     # [Q, 3] each
+        d, e = apply(self.solid[entity], direction[ray]).split(3, 1)
+        # In the ball from when to when |p + time * d| = 1; in the box |q + time * e| = 1, by axis.
         a, b, c = dot(d, d).clamp(min=1e-9), dot(p, d), dot(p, p) - 1
         root = (b ** 2 - a * c).clamp(min=0).sqrt()
-        p, d = self.box[entity] * start, self.box[entity] * step
-        one, other = (-1 - p) / d, (1 - p) / d
+        one, other = (-1 - q) / e, (1 - q) / e
         enter = torch.cat([(-b - root) / a, torch.minimum(one, other)], 1).amax(1)
         leave = torch.cat([(-b + root) / a, torch.maximum(one, other)], 1).amin(1)
-        hit = (0 < enter) & (enter < leave)
+        hit = (enter > 0.001) & (enter < leave)  # not the solid whose surface a ray begins on
         before, inside = torch.full_like(along, torch.inf), torch.zeros_like(along)
-        before[pairs] = torch.where(hit, enter, torch.inf)
-        inside[pairs] = torch.where(hit, leave - enter, 0)
+        before[ray, entity] = torch.where(hit, enter, torch.inf)
+        inside[ray, entity] = torch.where(hit, leave - enter, 0)
         return before, inside
 
-    def first_hit(self, origin, direction, own):
-        """The entity that each ray meets first, and where. A ray to the sky meets the ground far away."""
-        distance, _ = self.intersect(origin, direction, own)
-        distance[:, 0] = origin[:, 2] / (-direction[:, 2]).clamp(min=0.001)
-        distance, entity = distance.min(1)
-        return entity, origin + distance[:, None] * direction
-
     def normals(self, position, entity):
-        """Those of the surface |ball * point| ** 16 + sum((box * point) ** 16) = 1: its edges look round."""
-        point = self.turned(entity, position - self.center[entity])
-        ball, box = self.ball[entity], self.box[entity]
-        gradient = ball ** 2 * point * dot(ball * point, ball * point) ** 7 + box * (box * point) ** 15
-        return F.normalize((self.turn[entity] * gradient[:, :, None]).sum(1), dim=1)
+        """Of the surface |ball * point| ** 16 + sum((box * point) ** 16) = 1: edges look round."""
+        p, q = apply(self.solid[entity], position - self.center[entity]).split(3, 1)
+        gradient = torch.cat([p * dot(p, p) ** 7, q ** 15], 1)                     # [Q, 6]
+        return F.normalize(apply(self.solid[entity].mT, gradient), dim=1)
 
-    def shade(self, origin, direction, own, mirrors=True):
-        """The linear color [R, 3] that rays see, and the entity [R]. mirrors=False: metal is like rubber."""
-        entity, position = self.first_hit(origin, direction, own)
-        normal = torch.zeros_like(position)
-        normal[:, 2] = 1
-        hit = entity > 0
+    def shade(self, origin, direction, mirrors=True):
+        """What rays see: linear color [R, 3] and entity [R]. mirrors=False: metal as rubber."""
+        distance, _ = self.intersect(origin, direction)
+        distance[:, 0] = origin[:, 2] / (-direction[:, 2]).clamp(min=0.001)  # sky: far ground
+        distance, entity = distance.min(1)
+        position, hit = origin + distance[:, None] * direction, entity > 0
+        normal = position.new_tensor([0, 0, 1]).expand_as(position).clone()
         normal[hit] = self.normals(position[hit], entity[hit])
         mirrored = direction - 2 * dot(direction, normal) * normal
-        sky = torch.exp(-direction[:, 2:].clamp(min=0) / 0.07)  # between the far ground and darkness
+        sky = torch.exp(-direction[:, 2:].clamp(min=0) / 0.07)  # it darkens from the horizon up
         light = CLEVR_AMBIENT * torch.where(hit[:, None], 1, sky)
         gloss = 0
         for lamp, power in zip(self.lamps, self.power):
             to_lamp = lamp - position
             distance = dot(to_lamp, to_lamp).sqrt()
             to_lamp = to_lamp / distance
-            # Soft shadows: where a ray has a short way through a solid, a part of the lamp looks over its edge.
-            before, inside = self.intersect(position, to_lamp, entity)
+            # Soft shadows: lamps have a size, so where a solid is thin, they look over its edge.
+            before, inside = self.intersect(position, to_lamp)
             power = power * (1 - 2 * inside / before).amin(1, keepdim=True).clamp(min=0)
             power = power * dot(to_lamp, F.normalize(lamp, dim=0)).clamp(min=0)  # the lamps face the origin
             light = light + power * dot(to_lamp, normal).clamp(min=0) / distance ** 2
             gloss = gloss + power * dot(to_lamp, mirrored).clamp(min=0) ** 100
         color = self.albedo[entity] * light
         if mirrors:
-            metal = self.metal[entity]
-            seen, _ = self.shade(position[metal], mirrored[metal], entity[metal], mirrors=False)
+            metal = self.metal[entity] > 0
+            seen, _ = self.shade(position[metal], mirrored[metal], mirrors=False)
             color[metal] = self.albedo[entity[metal]] * (seen + gloss[metal] + 0.2 * light[metal])
         return color, entity
 
     def render(self, window, resolution):
-        """A part of the frame, (top, bottom, left, right) -> image [H, W, 3] and entity [H, W], uint8."""
-        pixel = pixel_centers(window, resolution, resolution).to(self.center.device)
+        """A window of the frame as for `pixel_centers` -> image [H, W, 3] uint8, entity [H, W]."""
+        pixel = pixel_centers(*window, resolution, resolution)
         color, entity = self.shade(*self.camera_rays(pixel))
         picture = color.clamp(max=1) ** (1 / 2.2)
-        # Antialiasing: four rays for each pixel that differs from a neighbor.
+        # Antialiasing: three rays for each pixel that differs from a neighbor.
         grid = picture.T.view(3, resolution, resolution)
-        edge = (F.max_pool2d(grid, 3, 1, 1) + F.max_pool2d(-grid, 3, 1, 1) > 0.15).any(0).flatten()
+        edge = (F.max_pool2d(grid, 3, 1, 1) + F.max_pool2d(-grid, 3, 1, 1) > 0.25).any(0).flatten()
         size = (pixel[-1] - pixel[0]) / (resolution - 1)
-        offset = size * pixel.new_tensor([[-0.15, -0.45], [0.45, -0.15], [-0.45, 0.15], [0.15, 0.45]])
-        color, _ = self.shade(*self.camera_rays((pixel[edge, None] + offset).flatten(0, 1)))
-        picture[edge] = color.view(-1, 4, 3).clamp(max=1).mean(1) ** (1 / 2.2)
-        image = (255 * picture).round().view(resolution, resolution, 3)
-        return image.byte().cpu().numpy(), entity.view(resolution, resolution).byte().cpu().numpy()
+        pixel = pixel[edge, None] + size * pixel.new_tensor([[-1, 0], [0, 1], [1, -1]]) / 3  # [r, 3, 2]
+        color, _ = self.shade(*self.camera_rays(pixel.flatten(0, 1)))
+        picture[edge] = color.view(-1, 3, 3).clamp(max=1).mean(1) ** (1 / 2.2)
+        image = (255 * picture).round().byte().view(resolution, resolution, 3)
+        return image.numpy(), entity.view(resolution, resolution).numpy()
 
 
 def draw_clevr_scene(rng, number):
-    """Factors [11] with the background first, camera [3] and lamps [3, 3] by the rules of CLEVR's generator;
-    where an object finds no place or is hidden, it begins again."""
-    codes = {key: rng.integers(1, len(names) + 1, number) for key, names in CLEVR_CODES.items()}
+    """By the rules of CLEVR's generator: factors [11] (background first), camera [3], lamps [3, 3].
+    As there, all begins anew if an object finds no place or shows under 200 pixels of 240 x 320."""
     camera, lamps = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3), CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
     x, y = camera[:2] / np.hypot(camera[0], camera[1])
     ahead_and_aside = np.array([[x, -y], [y, x]])
-    size, place = CLEVR_SIZES[codes["size"]], np.zeros((number, 2))
+    factors = {key: rng.integers(1, len(names) + 1, number, np.uint8) for key, names in CLEVR_CODES.items()}
+    size, place = CLEVR_SIZES[factors["size"]], np.zeros((number, 2), np.float32)
     for i in range(number):
         trials = rng.uniform(-3, 3, (50, 2))
         step = trials[:, None] - place[:i]                                         # [50, i, 2]
@@ -834,39 +798,39 @@ def draw_clevr_scene(rng, number):
         if not fits.any():
             return draw_clevr_scene(rng, number)
         place[i] = trials[fits.argmax()]
-    factors = {"x": place[:, 0], "y": place[:, 1], "z": size, "rotation": rng.uniform(0, 360, number), **codes}
-    scene = {"camera": camera, "lamps": lamps, "visibility": np.arange(11) <= number,
-             **{key: np.pad(values, (1, 10 - number)) for key, values in factors.items()}}
-    looks = ClevrScene(scene, "cpu")
-    entity, _ = looks.first_hit(*looks.camera_rays(pixel_centers((0, 320, 0, 480), 40, 60)))
-    seen = torch.bincount(entity, minlength=number + 1)[1:] / len(entity)
-    return scene if seen.min() >= 200 / (240 * 320) else draw_clevr_scene(rng, number)
+    factors.update(x=place[:, 0], y=place[:, 1], z=size, rotation=np.float32(rng.uniform(0, 360, number)))
+    factors = {key: np.pad(values, (1, 10 - number)) for key, values in factors.items()}
+    factors["visibility"] = np.float32(np.arange(11) <= number)
+    scene = ClevrScene(factors, camera, lamps)
+    distance, _ = scene.intersect(*scene.camera_rays(pixel_centers(0, 320, 0, 480, 40, 60)))
+    distance[:, 0] = 100  # the ground, behind all objects
+    seen = torch.bincount(distance.argmin(1), minlength=number + 1)
+    if seen.min() < 200 / (240 * 320) * len(distance):
+        return draw_clevr_scene(rng, number)
+    return factors, camera, lamps
 
 
-def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, crop=True, device="cpu"):
-    """Scenes after CLEVR (Johnson et al. 2017), in the layout of DeepMind's CLEVR with masks: cubes,
-    cylinders and spheres of two sizes, two materials and eight colors on a grey ground, placed by CLEVR's
-    rules, seen by its camera in the light of its lamps. Scene i depends on the seed, the numbers of objects
-    and i, not on count. crop=False: the whole frame, made square, not the part for object discovery, in
-    which objects may be cut or, though present, outside. device: where the pictures are drawn.
+def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, crop=True):
+    """Scenes after CLEVR (Johnson et al. 2017), in the layout of DeepMind's CLEVR with masks. Scene
+    i depends on seed, numbers of objects and i, not on count. crop=False: the whole frame, made
+    square, not the part for object discovery, where objects may be cut or, though present, outside.
 
-    -> image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1, background first; factors [n, 11], padded with
-    zeros: of float32 x, y, z (CLEVR's 3d_coords), rotation (0 to 360; stored as degrees, drawn as radians, as
-    CLEVR does), visibility (1: is there), pixel_coords [n, 11, 3] (column and row of the center in the
-    returned picture, where pixel j spans [j, j + 1], and depth); of uint8 size, material, shape, color, codes
-    from 1 in the order of CLEVR_CODES."""
+    -> image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1, background first; factors [n, 11],
+    padded with zeros: float32 x, y, z (3d_coords), rotation (0 to 360; drawn as if in radians, as
+    CLEVR does), visibility (1: is there), pixel_coords [n, 11, 3] (column and row of the center in
+    the picture, whose pixel j spans [j, j + 1], and depth); uint8 size, material, shape, color,
+    from 1 as in CLEVR_CODES."""
     if not 1 <= min_objects <= max_objects <= 10:
         raise ValueError(f"need 1 <= min_objects <= max_objects <= 10, got {min_objects} and {max_objects}")
-    window = top, bottom, left, right = CLEVR_CROP[320, 480] if crop else (0, 320, 0, 480)
-    scenes = []
+    window, scenes = CLEVR_CROP[320, 480] if crop else (0, 320, 0, 480), []
+    top, bottom, left, right = window
     for i in range(count):
         rng = np.random.default_rng((*np.atleast_1d(seed), i))
-        scene = draw_clevr_scene(rng, rng.integers(min_objects, max_objects + 1))
-        image, entity = ClevrScene(scene, device).render(window, resolution)
-        camera, _ = scene.pop("camera"), scene.pop("lamps")
-        coords = project(np.stack([scene[axis] for axis in "xyz"], 1), camera) - (left, top, 0)
-        coords *= np.array([resolution / (right - left), resolution / (bottom - top), 1]) 
-        coords[scene["shape"] == 0] = 0
-        scene = {key: value.astype(np.uint8 if key in CLEVR_CODES else np.float32) for key, value in scene.items()}
-        scenes.append({"image": image, "mask": (entity == np.arange(11)[:, None, None]).view(np.uint8), **scene, "pixel_coords": coords.astype(np.float32)})
+        factors, camera, lamps = draw_clevr_scene(rng, rng.integers(min_objects, max_objects + 1))
+        image, entity = ClevrScene(factors, camera, lamps).render(window, resolution)
+        coords = project(np.stack([factors["x"], factors["y"], factors["z"]], 1), camera)    # [11, 3]
+        coords = (coords - (left, top, 0)) * (resolution / (right - left), resolution / (bottom - top), 1)
+        coords[factors["shape"] == 0] = 0
+        scenes.append({"image": image, "mask": np.uint8(entity == np.arange(11)[:, None, None]), **factors,
+                       "pixel_coords": np.float32(coords)})
     return {key: np.stack([scene[key] for scene in scenes]) for key in scenes[0]}
