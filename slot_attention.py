@@ -117,13 +117,13 @@ class SlotAttentionAutoEncoder(nn.Module):
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
                  learned_queries=False, encoder_channels=64, encoder_strides=(1, 1, 1, 1),
-                 decoder_channels=64, decoder_strides=(2, 2, 2, 2, 1), pixel_shuffle=1):
+                 decoder_channels=64, decoder_strides=(2, 2, 2, 2, 1), decoder_kernel=5, pixel_shuffle=1):
         super().__init__()
         resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         self.encoder = Encoder(resolution, encoder_channels, encoder_strides, slot_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit,
                                             learned_queries=learned_queries)
-        self.decoder = Decoder(resolution, slot_dim, decoder_channels, decoder_strides, pixel_shuffle)
+        self.decoder = Decoder(resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel, pixel_shuffle)
 
     def forward(self, image, slots=None, num_slots=None, num_iterations=None):
         """image [B, 3, H, W] in [-1, 1]; initial slots [B, K, D], K and T may be given -> Decomposition."""
@@ -199,10 +199,10 @@ class Decoder(nn.Module):
     """Spatial broadcast decoder (section 2.2, appendix E): each slot alone is copied to every cell of a grid, gets a
     position embedding, and is decoded to a picture and a mask logit: slots [M, D] -> [M, 4, H, W], M = B * K.
 
-    strides: one transposed 5x5 convolution each (at stride 1 that is a convolution with the kernel flipped), then a 3x3
+    strides: one transposed convolution each (at stride 1 that is a convolution with the kernel flipped), then a 3x3
     one. pixel_shuffle r: each cell of the last map becomes r x r pixels (not in the paper; fast on CPUs)."""
 
-    def __init__(self, resolution, dim, channels, strides, pixel_shuffle=1):
+    def __init__(self, resolution, dim, channels, strides, kernel_size=5, pixel_shuffle=1):
         super().__init__()
         self.resolution = resolution
         scale = math.prod(strides) * pixel_shuffle
@@ -211,7 +211,7 @@ class Decoder(nn.Module):
         layers = []
         for stride in strides:
             conv = Conv2dSame if stride == 1 else ConvTranspose2dSame
-            layers += [conv(dim, channels, 5, stride), nn.ReLU()]
+            layers += [conv(dim, channels, kernel_size, stride), nn.ReLU()]
             dim = channels
         layers.append(Conv2dSame(dim, 4 * pixel_shuffle ** 2, 3))
         if pixel_shuffle > 1:
@@ -228,12 +228,12 @@ class Decoder(nn.Module):
 
     def first_convolution(self, slots):
         """slots [M, D] -> cnn[0] of the broadcast slots [M, C, h, w], with far less work, by linearity: that of the
-        positions, the same for all slots, plus that of a constant map: of the kernel's 25 taps, those inside the map."""
-        conv = self.cnn[0]
+        positions, the same for all slots, plus that of a constant map: of the kernel's k * k taps, those inside it."""
+        conv, k = self.cnn[0], self.cnn[0].kernel_size[0]
         position = conv(self.pos(slots.new_zeros(1, slots.shape[1], *self.grid_size)))               # [1, C, h, w]
-        inside = F.unfold(slots.new_ones(1, 1, *self.grid_size), 5, padding=2)[0].T                  # [h * w, 25]
-        taps = slots @ conv.weight.permute(1, 2, 3, 0).flatten(1)                                    # [M, 25 * C]
-        x = inside @ taps.unflatten(1, (25, -1))                                                     # [M, h * w, C]
+        inside = F.unfold(slots.new_ones(1, 1, *self.grid_size), k, padding=k // 2)[0].T             # [h * w, k * k]
+        taps = slots @ conv.weight.permute(1, 2, 3, 0).flatten(1)                                    # [M, k * k * C]
+        x = inside @ taps.unflatten(1, (k * k, -1))                                                  # [M, h * w, C]
         return x.unflatten(1, self.grid_size).permute(0, 3, 1, 2) + position
 
 
@@ -394,9 +394,9 @@ MODELS = {"object_discovery": SlotAttentionAutoEncoder, "set_prediction": SlotAt
 
 
 def build_model(config):
-    """The model of config["task"], with those values of the mapping that its constructor knows."""
+    """The model of config["task"], with those values of the mapping that its constructor takes."""
     model = MODELS[config["task"]]
-    return model(**{key: config[key] for key in inspect.signature(model).parameters})
+    return model(**{key: config[key] for key in inspect.signature(model).parameters if key in config})
 
 
 def load_model(checkpoint):

@@ -215,12 +215,12 @@ def test_initialisation_is_keras():
     assert all(m.eps == 1e-3 for m in model.modules() if isinstance(m, torch.nn.LayerNorm))
 
 
-@pytest.mark.parametrize("task, recipe", [("discovery", (4e-4, 10_000, 0.5, 100_000)),
-                                          ("set_prediction", (4e-4, 1_000, 0.5, 50_000))])
-def test_learning_rate_equals_official(task, recipe):
+@pytest.mark.parametrize("task", ["discovery", "set_prediction"])
+def test_learning_rate_equals_official(task):
     case = golden(f"schedule/{task}")
+    _, config, _ = train.parse(["--data", "clevr", "--task", task.replace("discovery", "object_discovery")])
     for steps, rates in ((case["steps"], case["lr"]), (case["fine_steps"], case["fine_lr"])):
-        ours = [train.learning_rate(int(step), *recipe) for step in steps]
+        ours = [train.learning_rate(int(step), config) for step in steps]
         np.testing.assert_allclose(ours, rates, rtol=1e-5, atol=1e-12)
 
 
@@ -778,8 +778,8 @@ def test_every_experiment_makes_a_model():
 def test_benchmark_prints_one_line(capsys):
     train.main([*TINY, "--benchmark", "--accumulate", "2"])
     line = json.loads(capsys.readouterr().out)
-    np.testing.assert_allclose(line["images_per_s"], 8 / line["ms"]["step"][0] * 1e3, rtol=0.02)
-    assert line["ms"]["step"][0] >= line["ms"]["step"][1] > 0
+    np.testing.assert_allclose(line["images_per_s"], 8 / line["ms"][0] * 1e3, rtol=0.02)
+    assert line["ms"][2] >= line["ms"][0] >= line["ms"][1] > 0
 
 
 def test_bfloat16_only_where_the_hardware_multiplies_in_it(monkeypatch):
@@ -845,20 +845,15 @@ def test_figures_of_all_kinds(capsys):
     wide, high = Image.open("figure.png").size
     assert wide > 600 and 0.3 < high / wide < 0.9  # four rows of eight
     Image.new("RGB", (480, 320), "blue").save("own.png")
-    case, weights, *_ = official_case("discovery", 7)
-    np.savez("official.npz", **{f"network/layer_with_weights-0/{name}/.ATTRIBUTES/VARIABLE_VALUE": value
-                                for name, value in weights.items()})
     for flags in ("", "run --figure curve", f"{demo} --figure clip --count 3 --out clip.png", f"{demo} --figure b --num-slots 6",
                   f"{demo} --images own.png", f"{ASSETS / 'clevr_like.pt'} --images own.png --figure a",
-                  f"{ASSETS / 'set_prediction.pt'} --images own.png",
-                  "--official official.npz --images own.png --num-slots 2 --num-iterations 1 --figure a --out official.png"):
+                  f"{ASSETS / 'set_prediction.pt'} --images own.png"):
         visualize.main(flags.split())
         drawn = Path(capsys.readouterr().err.strip().splitlines()[-1].removeprefix("drew "))
         assert drawn.stat().st_size > 5_000
     visualize.main([demo, "--count", "1", "--num-iterations", "3", "--out", "a.gif"])
     assert Image.open("a.gif").n_frames == 3
-    for flags, message in [(f"{demo} --figure curve", "log"), ("--official x --images own.png", "x.index"),
-                           (f"{demo} --out nowhere/a.png", "nowhere"), (f"{demo} --out a.xyz", "xyz"),
+    for flags, message in [(f"{demo} --figure curve", "log"), (f"{demo} --out nowhere/a.png", "nowhere"), (f"{demo} --out a.xyz", "xyz"),
                            ("typo", "typo"), (f"{demo} --num-slots x", "--num-slots")]:
         assert message in refused(capsys, visualize.main, flags.split()), flags
         assert not list(Path().rglob("part-*")), flags
@@ -959,8 +954,6 @@ def test_no_file_runs_code(capsys, tmp_path, monkeypatch):
             assert "evil.pt" in refused(capsys, visualize.main, ["evil.pt"])
         Path("evil.pt").write_bytes(pickle.dumps(content))
         assert "evil.pt" in refused(capsys, train.main, ["--eval", "evil.pt"])
-    np.savez("evil.npz", **{"slot_attention/slots_mu": np.array([Evil()], dtype=object)})
-    assert "evil.npz" in refused(capsys, visualize.main, ["--official", "evil.npz", "--images", "x.png"])
     assert not Path("evil").exists()
     pickle.loads(Path("evil.pt").read_bytes())  # the code is real
     assert Path("evil").exists()

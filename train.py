@@ -38,7 +38,7 @@ RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(key, default)) for key, defau
                                 (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Training and evaluation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +68,9 @@ def train(config, out, checkpoint=None):
             continue  # the loss is read, and the device waited for, only where it is shown
 
         total[1] = len(stop)
-        loss, stopped = (over_processes(total) / (WORLD_SIZE * (step - since))).tolist()
+        if WORLD_SIZE > 1:
+            dist.all_reduce(total)
+        loss, stopped = (total / (WORLD_SIZE * (step - since))).tolist()
         elapsed = time.perf_counter() - clock
         seconds += elapsed
         result = evaluate(model, config, held_out, device, dtype) if at_eval and RANK == 0 else {}
@@ -76,7 +78,8 @@ def train(config, out, checkpoint=None):
         say(f"step {step:,}/{config.steps:,}  loss {loss:.5f}  {(step - since) * config.batch_size / elapsed:,.0f} "
             f"images/s  {seconds / step * (config.steps - step) / 60:.1f} min left  {json.dumps(result)[1:-1]}")
         with one_line_errors():
-            check_finite(out, step, loss, result.get("eval_loss", 0.0))
+            if not math.isfinite(loss + result.get("eval_loss", 0.0)):
+                raise ValueError(DIVERGED.format(step, out))
             log.write(text.splitlines(keepends=True)[-1].encode())
             if at_eval or stopped:
                 save(out, config, model, optimizer, step, seconds, text)
@@ -92,7 +95,7 @@ def train_step(model, optimizer, parts, config, step, dtype):
     """One step on this process's parts of a batch -> their mean loss, a tensor: reading its value waits for the device.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, config.lr, config.warmup, config.decay_rate, config.decay_steps)
+        group["lr"] = group["scale"] * learning_rate(step, config)
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for batch in parts:
@@ -102,7 +105,8 @@ def train_step(model, optimizer, parts, config, step, dtype):
         loss.backward()
         total += loss.detach()
     for parameter in model.parameters() if WORLD_SIZE > 1 else ():
-        over_processes(parameter.grad).div_(WORLD_SIZE)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= WORLD_SIZE
     if config.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     optimizer.step()
@@ -124,9 +128,55 @@ def compute_loss(output, batch, slot_loss=0.0):
     return (1 - slot_loss) * error + slot_loss * own
 
 
-def learning_rate(step, lr, warmup, decay_rate, decay_steps):
-    """The official schedule: the warm-up is linear and the decay goes on during it; the first step has rate 0."""
-    return lr * min(1, step / max(warmup, 1)) * decay_rate ** (step / decay_steps)
+def learning_rate(step, config):
+    """The official schedule: the warm-up is linear and the decay goes on during it; the first step has rate 0. With
+    Muon the decay is linear, to 0."""
+    warmup = min(1, step / max(config.warmup, 1))
+    if config.muon:
+        return config.lr * warmup * (1 - step / config.steps)
+    return config.lr * warmup * 0.5 ** (step / config.decay_steps)
+
+
+class Muon(torch.optim.Adam):
+    """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all other parameters. (torch.optim.Muon takes no
+    convolutions.) Not in the paper; the recipes with --small use it.
+
+    The update of a matrix is its momentum with all singular values set near 1: each direction is learned at the same
+    speed, also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups[1:]:
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.lerp_(parameter.grad, 0.05)
+                update = orthogonalize(parameter.grad.lerp(momentum, 0.95).flatten(1))       # Nesterov's momentum
+                update = update * max(1, update.shape[0] / update.shape[1]) ** 0.5
+                parameter.sub_(group["lr"] * update.view_as(parameter))
+                parameter.grad = None                                         # nothing is left for Adam
+        super().step()
+
+
+def orthogonalize(matrix):
+    """Sets a matrix's singular values to 0.7 to 1.2: five steps of Newton-Schulz, x -> 3.4 x - 4.8 x^3 + 2.0 x^5."""
+    x = matrix / (matrix.norm() + 1e-7)
+    x = x.T if x.shape[0] > x.shape[1] else x
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def make_optimizer(model, config):
+    """Its groups' learning rates are `scale` times the schedule's."""
+    if not config.muon:
+        return torch.optim.Adam([{"params": model.parameters(), "scale": 1}], betas=(0.9, config.beta2), fused=True)
+    # Hidden: all but the first and last layer, which see or make pixels, and what makes slots and positions.
+    weights = [parameter for name, parameter in model.named_parameters()
+               if parameter.dim() > 1 and not re.search(r"slots_|\.pos\.", name)][1:-1]
+    others = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in weights)]
+    groups = [{"params": others, "scale": 1}, {"params": weights, "scale": 10}]
+    return Muon(groups, betas=(0.9, config.beta2), fused=True)
 
 
 def batches(config, scenes, step, device):
@@ -144,14 +194,9 @@ def batches(config, scenes, step, device):
             step += 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def evaluate(model, config, scenes, device, dtype, num_iterations=None):
-    """-> the mean loss of a split, "eval_loss"; its mean FG-ARI, "ari", where there are masks; or AP, "ap_THRESHOLD"."""
+    """-> the mean loss of a split, "eval_loss"; where there are masks its mean FG-ARI, "ari"; or AP, "ap_THRESHOLD"."""
     losses, aris, predictions, targets = [], [], [], []
     noise = torch.randn(len(scenes), config.num_slots, config.slot_dim, generator=torch.Generator().manual_seed(0))
     for index in torch.arange(len(scenes)).split(max(1, config.batch_size // (WORLD_SIZE * config.accumulate))):
@@ -215,7 +260,6 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "num_slots": (7, SIZE, "slots, K"),
     "num_iterations": (3, SIZE, "iterations of attention, T"),
     "slot_dim": (64, SIZE, "size of a slot, D"),
-    "mlp_hidden_size": (128, SIZE, "hidden size of the MLP behind the GRU"),
     "implicit": (False, bool, "one-step gradient: only the last iteration has one (less memory, steadier)"),
     "learned_queries": (False, bool, "a mean of its own for the initial state of each slot"),
     "resolution": (128, SIZE, "height and width of the pictures"),
@@ -223,6 +267,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "encoder_strides": ((1, 1, 1, 1), strides, "stride of each convolution of the encoder"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), strides, "stride of each transposed convolution of the decoder"),
+    "decoder_kernel": (5, number(int, 3, 15), "size of their kernels, odd"),
     "pixel_shuffle": (1, SIZE, "the decoder's last layer makes blocks of this many pixels a side"),
     "crop": ("paper", ["paper", "official", "none"], "of CLEVR; official: its window in CLEVR_v1.0, off centre"),
     "min_objects": (0, COUNT_OR_0, "only scenes with at least this many objects"),
@@ -231,10 +276,10 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "eval_count": (320, COUNT, "scenes for evaluation, at most"),
     "batch_size": (64, COUNT, "scenes in a step"),
     "steps": (500_000, COUNT, "steps"),
-    "lr": (4e-4, number(float, 1e-12, 1e12), "learning rate of Adam"),
+    "muon": (False, bool, "Muon for the hidden layers' matrices, in place of Adam, and a linear decay to 0"),
+    "lr": (4e-4, number(float, 1e-12, 1e12), "learning rate of Adam; Muon's is 10 times this"),
     "warmup": (10_000, COUNT_OR_0, "steps until the learning rate is reached"),
-    "decay_rate": (0.5, number(float, 1e-6, 1), "the learning rate falls by this factor ..."),
-    "decay_steps": (100_000, COUNT, "... in this many steps, smoothly"),
+    "decay_steps": (100_000, COUNT, "the steps in which the learning rate halves, smoothly"),
     "beta2": (0.999, number(float, 0, 0.999999), "Adam's decay of the squared gradients"),
     "clip": (0.0, number(float, 0, 1e12), "largest norm of the gradient; 0: any"),
     "slot_loss": (0.0, SHARE, "weight of the slots' own errors in the loss, see compute_loss"),
@@ -290,21 +335,20 @@ def open_log(out, text):
     return log
 
 
+DIVERGED = ("loss or weights became NaN or infinite by step {}; {}/checkpoint.pt is from before. Try a smaller --lr, "
+            "--clip 1, or --dtype float32")
+
+
 def save(out, config, model, optimizer, step, seconds, text):
-    """Writes the checkpoint, unless weights or the optimizer's means are not finite (ValueError)."""
+    """Writes the checkpoint. Raises ValueError where weights or the optimizer's means are not finite."""
     content = {"config": vars(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                "seconds": seconds, "log": text}
     means = [value for state in content["optimizer"]["state"].values() for value in state.values()]
-    check_finite(out, step, *content["model"].values(), *means)
+    if not all(value.isfinite().all() for value in [*content["model"].values(), *means]):
+        raise ValueError(DIVERGED.format(step, out))
     if RANK == 0:
         with data.whole_file(out / "checkpoint.pt") as part:
             torch.save(content, part)
-
-
-def check_finite(out, step, *values):
-    if not all(torch.as_tensor(value).isfinite().all() for value in values):
-        raise ValueError(f"loss or weights became NaN or infinite by step {step}; {out}/checkpoint.pt is from before. "
-                         "Try a smaller --lr, --clip 1, or --dtype float32")
 
 
 def load_scenes(config, split):
@@ -349,7 +393,7 @@ def set_up(config, checkpoint=None):
     # The layout of the weights decides that of the maps: what convolutions are fastest in.
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, config.beta2), fused=True)
+    optimizer = make_optimizer(model, config)
     if checkpoint and "optimizer" in checkpoint:  # its settings are the config's
         state = checkpoint["optimizer"]["state"]
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -364,39 +408,29 @@ def has_bfloat16(device):
     return device.type == "cpu" and cpuinfo.exists() and bool(re.search("avx512_bf16|amx_bf16", cpuinfo.read_text()))
 
 
-def over_processes(value):
-    """The sum of a tensor over all processes, in place."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(value)
-    return value
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def benchmark(config):
-    """Prints one JSON line: images a second, ms of a training step with its data and without (median, least, most)."""
+    """Prints one JSON line: images a second, and milliseconds of a training step: median, least and most."""
     device, dtype, model, forward, optimizer = set_up(config)
-    config.train_count = 2 * config.batch_size
+    config.train_count, every = 2 * config.batch_size, 10 if device.type == "cuda" else 1
     with one_line_errors():
-        stream = batches(config, load_scenes(config, "train").to(device), 0, device)
-    parts, repeat = next(stream), 10 if device.type == "cuda" else 1  # a GPU works on while Python is ahead
-    times = {"step": [], "step_without_data": []}
-    for i in range(13):
-        for key in times:
+        scenes = load_scenes(config, "train").to(device)
+    times = []
+    for step, parts in zip(range(13 * every), batches(config, scenes, 0, device)):
+        train_step(forward, optimizer, parts, config, step, dtype)
+        if step % every == every - 1:  # a GPU works on while Python is ahead
             getattr(torch, device.type).synchronize()
-            start = time.perf_counter()
-            for _ in range(repeat):
-                train_step(forward, optimizer, next(stream) if key == "step" else parts, config, i, dtype)
-            getattr(torch, device.type).synchronize()
-            times[key].append(1e3 * (time.perf_counter() - start) / repeat)
-    ms = {key: [round(f(values[3:]), 2) for f in (statistics.median, min, max)] for key, values in times.items()}
+            times.append(time.perf_counter())
+    ms = [1e3 * (end - start) / every for start, end in zip(times[2:], times[3:])]
     print(json.dumps({"data": config.data, "task": config.task, "batch_size": config.batch_size, "device": str(device),
                       "processes": WORLD_SIZE, "threads": torch.get_num_threads(), "dtype": str(dtype)[6:],
-                      "images_per_s": round(1e3 * config.batch_size / ms["step"][0], 2), "ms": ms,
-                      "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if repeat > 1 else None}))
+                      "images_per_s": round(1e3 * config.batch_size / statistics.median(ms), 2),
+                      "ms": [round(f(ms), 2) for f in (statistics.median, min, max)],
+                      "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}))
 
 
 def make_parser():
