@@ -11,9 +11,7 @@ import json
 import os
 import sys
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +74,6 @@ DATA = {
     "clevr": ("clevr_with_masks_train", 70_000, 128),
     "clevr_like": (None, 70_000, 128),
 }
-BUCKET = "https://storage.googleapis.com/multi-object-datasets"
-FOLDERS = {"clevr": "clevr_with_masks", "multi_dsprites_on_colored": "multi_dsprites"}
 
 
 def load(name, split, root="data", count=None, resolution=None, crop="paper", min_objects=0, max_objects=10):
@@ -89,19 +85,18 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     the official code cuts out of CLEVR_v1.0; "none", the whole picture, made square. Raises OSError or ValueError."""
     stem, train_count, full_resolution = DATA[name]
     root, resolution = Path(root), resolution or full_resolution
-    file = root / f"{stem}.tfrecords"
-    clevr = next((folder for folder in (root / "CLEVR_v1.0", root / "clevr/CLEVR_v1.0") if folder.exists()), None)
+    file, folder = root / f"{stem}.tfrecords", root / "CLEVR_v1.0"
     if file.exists():
-        source, files, scenes = stem, [file], functools.partial(tfrecords_scenes, file, resolution, crop)
-    elif name == "clevr" and clevr:
-        source, files = clevr.name, list(clevr.glob("scenes/*.json"))
-        scenes = functools.partial(clevr_v1_scenes, clevr, resolution, crop)
+        source, sources, scenes = stem, [file], tfrecords_scenes(file, resolution, crop)
+    elif name == "clevr" and folder.exists():
+        source, sources = folder.name, list(folder.glob("scenes/*.json"))
+        scenes = clevr_v1_scenes(folder, resolution, crop)
     elif name in ("clevr", "multi_dsprites_on_colored"):
-        raise FileNotFoundError(f"no {file}, from {BUCKET}/{FOLDERS[name]}/ (the README's section Data has more); "
+        raise FileNotFoundError(f"no {file} (the README's section Data says where to get it); "
                                 "--data clevr_like and multi_dsprites need no files")
     else:
         return generate(name, split, root, count or train_count, resolution, crop, min_objects, max_objects)
-    arrays = cached(root / "cache" / f"{source}-{resolution}-{crop}.pt", files, lambda: concatenate(scenes()))
+    arrays = cached(root / "cache" / f"{source}-{resolution}-{crop}.pt", sources, scenes)
     index = choose(arrays.pop("objects"), split, train_count, count, min_objects, max_objects)
     arrays = {key: array[index] for key, array in arrays.items()}
     return Scenes(arrays["image"], arrays.get("label"), arrays.get("target"), source)
@@ -142,10 +137,8 @@ def clevr_target(scene):
         raise ValueError(f"{len(objects)} objects, where CLEVR has 10 at most")
     for row, e in zip(target, objects):
         row[:3] = (np.array([scene["x"][e], scene["y"][e], scene["z"][e]]) + 3) / 6
-        start = 3
-        for key, names in CLEVR_TARGETS.items():
-            row[start + names.index(CLEVR_CODES[key][int(scene[key][e]) - 1])] = 1
-            start += len(names)
+        words = {key: names[int(scene[key][e]) - 1] for key, names in CLEVR_CODES.items()}
+        row[3:18] = [words[key] == name for key, names in CLEVR_TARGETS.items() for name in names]
         row[18] = 1
     if not (np.abs(target[:, :3]) < 10).all():  # not a number, either
         raise ValueError("its coordinates are not CLEVR's")
@@ -153,42 +146,37 @@ def clevr_target(scene):
 
 
 def clevr_v1_scenes(folder, resolution, crop):
-    """The original CLEVR_v1.0 (480 x 320 PNGs and scenes files, no masks) -> arrays of each scene: its splits train and
-    val, one after the other."""
-    def read(job):
-        path, target = job
-        return {"image": resize(read_png(path), resolution, crop)[None], "target": target[None],
-                "objects": np.uint8([target[:, 18].sum()])}
-
+    """The scenes of the original CLEVR_v1.0 (480 x 320 PNGs and scenes files, no masks): its splits train and val, one
+    after the other."""
     jobs = []
     for part in ("train", "val"):
-        file, number = folder / f"scenes/CLEVR_{part}_scenes.json", 0
+        file = folder / f"scenes/CLEVR_{part}_scenes.json"
         if part == "val" and not file.exists():
             say(f"no {file}: the last fifth of the training scenes is held out instead")
             continue
-        try:
-            for number, scene in enumerate(json.loads(file.read_bytes())["scenes"]):
+        with reading(file):
+            for scene in json.loads(file.read_bytes())["scenes"]:
                 objects = scene["objects"]
-                factors = {key: np.array([0] + [names.index(o[key]) + 1 for o in objects])  # the background is first
+                factors = {key: [0] + [names.index(o[key]) + 1 for o in objects]  # the background is first
                            for key, names in CLEVR_CODES.items()}
-                for i, axis in enumerate("xyz"):
-                    factors[axis] = np.array([0.0] + [0.0 + o["3d_coords"][i] for o in objects])
-                path = folder / "images" / part / Path(scene["image_filename"]).name
-                jobs.append((path, clevr_target(factors)))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{file}, scene {number}: damaged or not a CLEVR scenes file ({error!r})") from None
-    return on_all_cores(read, jobs)
+                places = [(0, 0, 0)] + [o["3d_coords"] for o in objects]
+                factors["x"], factors["y"], factors["z"] = zip(*places, strict=True)
+                jobs.append((folder / "images" / part / Path(scene["image_filename"]).name, clevr_target(factors)))
+
+    def read(job):
+        path, target = job
+        image = resize(read_png(path), resolution, crop)
+        return {"image": image[None], "target": target[None], "objects": np.uint8([target[:, 18].sum()])}
+
+    yield from on_all_cores(read, jobs)
 
 
 def read_png(path):
     """One of CLEVR_v1.0's pictures -> [H, W, 3] uint8, without the alpha channel."""
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.verify()  # the checksums, which reading leaves out
+    with reading(path):
+        Image.open(path, formats=["PNG"]).verify()  # the checksums, which reading the pixels leaves out
         with Image.open(path, formats=["PNG"]) as picture:
             return np.array(picture.convert("RGB"))
-    except Exception as error:  # PIL has many ways to say it
-        raise ValueError(f"{path}: missing or damaged ({type(error).__name__})") from None
 
 
 def resize(picture, resolution, crop="none"):
@@ -200,13 +188,10 @@ def resize(picture, resolution, crop="none"):
             raise ValueError(f"a picture of {size[0]} x {size[1]} pixels is not CLEVR's, whose crop is known")
         top, bottom, left, right = CLEVR_CROP[(240, 320) if crop == "official" else size]
         picture = picture[top:bottom, left:right]
-    if picture.shape[:2] == (resolution, resolution):
-        return picture
-    x = torch.from_numpy(np.ascontiguousarray(picture)).float()
-    if picture.ndim == 2:
-        return F.interpolate(x[None, None], (resolution, resolution), mode="nearest-exact")[0, 0].byte().numpy()
-    x = F.interpolate(x.permute(2, 0, 1)[None], (resolution, resolution), mode="bilinear", align_corners=False)
-    return x[0].permute(1, 2, 0).round().byte().numpy()
+    x = torch.tensor(np.atleast_3d(picture)).permute(2, 0, 1)[None].float()               # [1, C, h, w]
+    mode = "bilinear" if picture.ndim == 3 else "nearest-exact"
+    x = F.interpolate(x, (resolution, resolution), mode=mode)[0].permute(1, 2, 0).round().byte().numpy()
+    return x if picture.ndim == 3 else x[:, :, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,20 +207,17 @@ TFRECORDS = {  # name -> image [H, W, 3]; mask as stored; whether the entities c
 
 
 def tfrecords_scenes(file, resolution, crop):
-    """One of DeepMind's files -> arrays of each scene."""
+    """The scenes of one of DeepMind's files; of all but CLEVR's million the first, more than anyone waits for."""
     is_clevr = file.stem.startswith("clevr")
-    limit = None if is_clevr else 65_000  # the other sets have a million, more than anyone waits for
-    for number, scene in enumerate(read_tfrecords(file, file.stem, limit)):
-        try:
-            window = crop if is_clevr else "none"
-            arrays = {"image": resize(scene["image"], resolution, window)[None],
-                      "label": resize(scene["mask"].argmax(0).astype(np.uint8), resolution, window)[None],
+    crop, limit = (crop, None) if is_clevr else ("none", 65_000)
+    for scene in read_tfrecords(file, file.stem, limit):
+        label = scene["mask"].argmax(0).astype(np.uint8)
+        with reading(file):
+            arrays = {"image": resize(scene["image"], resolution, crop)[None],
+                      "label": resize(label, resolution, crop)[None],
                       "objects": np.uint8([round(float(scene["visibility"].sum())) - 1])}  # it counts the background
             if is_clevr:
                 arrays["target"] = clevr_target(scene)[None]
-        except (ValueError, KeyError, IndexError, OverflowError) as error:
-            raise ValueError(f"{file}, record {number}: damaged or not {file.stem} ({error!r}); get the file again"
-                             ) from None
         yield arrays
 
 
@@ -243,35 +225,26 @@ def read_tfrecords(path, name, limit=None):
     """The scenes of one of DeepMind's GZIP TFRecord files, one dict of arrays each, in the file's order.
 
     name: a key of TFRECORDS; "_train" after it is ignored. -> image [H, W, 3] uint8; mask [E, H, W] uint8 0/1,
-    background first; the factors as stored, [E] or [E, 3], float32 or uint8. GZIP's checksum is at the file's end, so
-    it is read up to there whatever the limit. Raises ValueError where the file is cut short, damaged or another."""
+    background first; the factors as stored, [E] or [E, 3], float32 or uint8. Raises ValueError where the file is cut
+    short, damaged or another."""
     image_shape, mask_shape, entities_third = TFRECORDS[name.removesuffix("_train")]
     number = 0
-    try:
-        with gzip.open(path) as file:
-            while number != limit and (header := file.read(12)):
-                length = int.from_bytes(header[:8], "little")
-                if masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little") or length > 2 ** 24:
-                    raise ValueError("its length is damaged")
-                record = file.read(length + 4)[:-4]
-                if len(record) < length:
-                    raise EOFError("the file ends within it")
-                scene = parse_example(record)
-                mask = scene["mask"].reshape(mask_shape) != 0
-                scene["mask"] = (mask.transpose(2, 0, 1) if entities_third else mask).astype(np.uint8)
-                scene["image"] = scene["image"].reshape(image_shape)
-                for key, array in scene.items():
-                    if array.size == 3 * len(scene["mask"]):
-                        scene[key] = array.reshape(-1, 3)
-                yield scene
-                number += 1
-            while file.read(2 ** 24):
-                pass
+    with reading(path), gzip.open(path) as file:
+        while number != limit and (header := file.read(12)):
+            length = int.from_bytes(checked(header[:8], header[8:]), "little")
+            scene = parse_example(file.read(length + 4)[:-4])
+            mask = scene["mask"].reshape(mask_shape) != 0
+            scene["mask"] = (mask.transpose(2, 0, 1) if entities_third else mask).astype(np.uint8)
+            scene["image"] = scene["image"].reshape(image_shape)
+            for key, array in scene.items():
+                if array.size == 3 * len(scene["mask"]):
+                    scene[key] = array.reshape(-1, 3)
+            yield scene
+            number += 1
+        while file.read(2 ** 24):  # whatever the limit: GZIP's checksum is at the file's end
+            pass
         if number == 0:
             raise EOFError("it holds no record")
-    except (ValueError, KeyError, IndexError, TypeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, record {number}: damaged, cut short or not {name} ({error}); get the file again"
-                         ) from None
 
 
 def parse_example(record):
@@ -280,15 +253,14 @@ def parse_example(record):
     scene = {}
     for entry in protobuf(protobuf(memoryview(record))[1][0])[1]:
         entry = protobuf(entry)
-        (kind, (values,)), = protobuf(entry[2][0]).items()
-        if kind == 1:  # every byte is a message of its own: field 1 (0x0a), length 1, the byte
-            array = np.frombuffer(values, np.uint8).reshape(-1, 3)
+        name, feature = bytes(entry[1][0]).decode(), protobuf(entry[2][0])
+        if 1 in feature:  # every byte is a message of its own: field 1 (0x0a), length 1, the byte
+            array = np.frombuffer(feature[1][0], np.uint8).reshape(-1, 3)
             if (array[:, :2] != (10, 1)).any():
                 raise ValueError("its byte strings are not single bytes")
-            array = array[:, 2]
+            scene[name] = array[:, 2]
         else:
-            array = np.frombuffer(protobuf(values)[1][0], "<f4")
-        scene[bytes(entry[1][0]).decode()] = array
+            scene[name] = np.frombuffer(protobuf(feature[2][0])[1][0], "<f4")
     return scene
 
 
@@ -297,11 +269,6 @@ def read_tf_checkpoint(prefix):
     BundleEntry messages (tensorflow/core/protobuf/tensor_bundle.proto) that say where in PREFIX.data-00000-of-00001
     each array lies. Raises OSError for a missing file, ValueError for a damaged one."""
     index, data = Path(f"{prefix}.index").read_bytes(), Path(f"{prefix}.data-00000-of-00001").read_bytes()
-
-    def checked(buffer, crc):
-        if masked_crc32c(buffer) != int.from_bytes(crc, "little"):
-            raise ValueError("a checksum is wrong")
-        return buffer
 
     def block(place):
         """The (key, value) pairs of one block: of each key what differs from the key before is stored."""
@@ -321,7 +288,7 @@ def read_tf_checkpoint(prefix):
             buffer = buffer[unshared + length:]
 
     arrays = {}
-    try:
+    with reading(f"{prefix}.index"):
         if index[-8:] != bytes.fromhex("57fb808b247547db"):
             raise ValueError("its last bytes are not a table's")
         footer = index[-48:]
@@ -335,8 +302,6 @@ def read_tf_checkpoint(prefix):
                     offset, size = entry.get(4, [0])[0], entry[5][0]
                     array = checked(data[offset:offset + size], entry[6][0])
                     arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise ValueError(f"{prefix}.index: damaged or not a TensorFlow checkpoint ({error})") from None
     return arrays
 
 
@@ -348,9 +313,7 @@ def protobuf(buffer):
         if tag & 7 == 0:
             value, buffer = varint(buffer)
         else:
-            size = {1: 8, 5: 4}.get(tag & 7)
-            if size is None:
-                size, buffer = varint(buffer)
+            size, buffer = (4, buffer) if tag & 7 == 5 else varint(buffer)  # four bytes, or the length first
             if size > len(buffer):
                 raise ValueError("a message ends too early")
             value, buffer = buffer[:size], buffer[size:]
@@ -368,13 +331,15 @@ def varint(buffer):
     raise ValueError("a number has no end")
 
 
-def masked_crc32c(buffer):
-    """CRC-32C as TensorFlow stores it: rotated and shifted."""
+def checked(buffer, checksum):
+    """A buffer whose checksum is right: CRC-32C, rotated and shifted."""
     crc = 0xFFFFFFFF
     for byte in buffer:
         crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
     crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != int.from_bytes(checksum, "little"):
+        raise ValueError("a checksum is wrong")
+    return buffer
 
 
 CRC_TABLE = list(range(256))
@@ -429,66 +394,65 @@ def whole_file(path):
         part.unlink(missing_ok=True)
         if not isinstance(error, (OSError, RuntimeError)):  # torch's writer turns a full disk into a RuntimeError
             raise
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is as it was"
-                      ) from None
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there is as it was") from None
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Turns whatever a damaged file raises into a ValueError of one line that names the file."""
+    try:
+        yield
+    except Exception as error:  # PIL, torch and zipfile have many ways to say it
+        if isinstance(error, OSError) and error.filename:  # missing, or not to be read
+            raise
+        raise ValueError(f"{path} is damaged or of another kind ({error!r:.100}): get or build it again") from None
 
 
 def read_file(path, mmap=False):
-    """A checkpoint, file of weights or cache (.pt) -> its content. No code in it is run. mmap: map its tensors, do not
-    copy them. Raises OSError or ValueError."""
-    try:
+    """A checkpoint, file of weights or cache (.pt) -> its content. No code in it runs. Raises OSError or ValueError."""
+    with reading(path):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load checks no checksums
                 raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch has many ways to say it
-        if isinstance(error, OSError) and error.filename:  # missing, or not to be read
-            raise
-        raise ValueError(f"{path} is damaged or no file of this project ({type(error).__name__})") from None
 
 
-def cached(path, sources, build):
-    """{key: tensor [n, ...]} of `build()`, from the file at `path`; it is built if it is not there or older than its
-    sources. Of several processes one builds, the others wait."""
+def cached(path, sources, scenes):
+    """Scenes, an iterator of {key: array [m, ...]} -> {key: tensor [n, ...]} of all, from the file at `path`; it is
+    built if it is not there or older than its sources. Of several processes one builds, the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / "lock", "w") as file:
         lock(file, wait=True)
         if not path.exists() or any(path.stat().st_mtime < source.stat().st_mtime for source in sources):
             say(f"building {path} (once)")
-            content = build()
+            content = concatenate(scenes)
             with whole_file(path) as part:
                 torch.save(content, part)
-    try:
-        return read_file(path, mmap=True)
-    except ValueError as error:
-        raise ValueError(f"{error}: delete it, and it will be built again") from None
+    return read_file(path, mmap=True)
+
+
+def concatenate(scenes):
+    blocks = []
+    for block in scenes:
+        blocks.append(block)
+        if len(blocks) % 100 == 0:
+            say(f"{sum(len(block['image']) for block in blocks):,} scenes", end="\r")
+    if not any(len(block["image"]) for block in blocks):
+        raise ValueError("there is no scene, or none with --min-objects to --max-objects")
+    # Each key's arrays are let go when they are joined: all of CLEVR takes 7 GB.
+    return {key: torch.from_numpy(np.concatenate([block.pop(key) for block in blocks])) for key in list(blocks[0])}
 
 
 def on_all_cores(function, jobs):
     """function(job) of each job, in order."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the parallelism is over jobs; PyTorch's own under it would only add strife
+    torch.set_num_threads(1)  # each core has a job of its own: PyTorch's threads in it would only get in the way
     try:
         with ThreadPoolExecutor(cores) as pool:
-            jobs = iter(jobs)
-            while chunk := list(islice(jobs, 8 * cores)):
-                yield from pool.map(function, chunk)
+            yield from pool.map(function, jobs)
     finally:
         torch.set_num_threads(threads)
-
-
-def concatenate(blocks):
-    """Blocks of scenes, {key: array [m, ...]} -> {key: tensor [n, ...]}."""
-    columns = {}
-    for number, block in enumerate(blocks, 1):
-        for key, array in block.items():
-            columns.setdefault(key, []).append(array)
-        if number % 100 == 0:
-            say(f"{sum(map(len, columns['image'])):,} scenes", end="\r")
-    if not any(map(len, columns.get("image", []))):
-        raise ValueError("there is no scene, or none with --min-objects to --max-objects")
-    return {key: torch.from_numpy(np.concatenate(columns.pop(key))) for key in list(columns)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,23 +472,20 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
     seed, size = 1 if split == "train" else 2, 32 if name == "clevr_like" else 1_000
 
     def draw(start):
-        number = min(size, count - start)
+        number, key = min(size, count - start), (seed, start)
         if name == "clevr_like":
-            scenes = make_clevr_like(number, (seed, start), resolution, max(min_objects, 3), max_objects,
-                                     crop != "none")
-            scenes["target"] = np.stack([clevr_target({key: scenes[key][i] for key in scenes}) for i in range(number)])
+            scenes = make_clevr_like(number, key, resolution, max(min_objects, 3), max_objects, crop != "none")
         else:
             make = make_tetrominoes if name == "tetrominoes" else make_multi_dsprites
-            scenes = make(number, (seed, start))
+            scenes = make(number, key)
         scenes["label"] = scenes["mask"].argmax(1).astype(np.uint8)
         objects = scenes["visibility"].sum(1) - 1
         keep = (objects >= min_objects) & (objects <= max_objects)
         return {key: scenes[key][keep] for key in ("image", "label", "target") if key in scenes}
 
-    settings = split, count, resolution, crop, min_objects, max_objects
-    path = root / "cache" / f"{name}{GENERATORS}-{'-'.join(map(str, settings))}.pt"
-    starts = range(0, count, size)
-    arrays = cached(path, [], lambda: concatenate(on_all_cores(draw, starts)))
+    settings = f"{split}-{count}-{resolution}-{crop}-{min_objects}-{max_objects}"
+    arrays = cached(root / "cache" / f"{name}{GENERATORS}-{settings}.pt", [],
+                    on_all_cores(draw, range(0, count, size)))
     return Scenes(arrays["image"], arrays["label"], arrays.get("target"), source=f"generated {name}")
 
 

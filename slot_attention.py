@@ -421,25 +421,25 @@ def load_official_weights(model, variables):
     Raises ValueError, and leaves the model as it was, if a variable is missing, in excess or of another shape."""
     arrays = {key.removeprefix("network/layer_with_weights-0/").removesuffix("/.ATTRIBUTES/VARIABLE_VALUE"):
               np.asarray(variables[key]) for key in variables if "/" in key and "optimizer" not in key.lower()}
-    names = {"weight": "kernel", "weight_ih": "kernel", "weight_hh": "recurrent_kernel", "bias_ih": "bias",
-             "bias_hh": "bias"}                                               # PyTorch's -> Keras'
     state, used = {}, set()
     for name, parameter in model.named_parameters():
         layer, kind = name.rsplit(".", 1)
         # encoder.cnn.2 -> encoder_cnn/layer_with_weights-1; encoder.mlp.0 -> mlp/layer_with_weights-0
         path = re.sub(r"\.(\d+)$", lambda match: f"/layer_with_weights-{int(match[1]) // 2}", layer)
         path = re.sub(r"^(encoder|decoder)\.(cnn|pos)", r"\1_\2", path).removeprefix("encoder.").replace(".", "/")
-        is_norm = isinstance(model.get_submodule(layer), nn.LayerNorm)
-        official = {"weight": "gamma", "bias": "beta"}[kind] if is_norm else names.get(kind, kind)
-        official = f"{path}/{official}"
+        keras = {"weight": "kernel", "weight_ih": "kernel", "weight_hh": "recurrent_kernel", "bias_ih": "bias",
+                 "bias_hh": "bias"}
+        if isinstance(model.get_submodule(layer), nn.LayerNorm):
+            keras = {"weight": "gamma", "bias": "beta"}
+        official = f"{path}/{keras.get(kind, kind)}"
         if official not in arrays:
             raise ValueError(f"the official weights have no {official}: they are of another model")
         array = arrays[official]
         if kind in ("bias_ih", "bias_hh"):
-            array = array[0 if kind == "bias_ih" else 1]
-        if path.endswith("gru"):                                              # Keras: z, r, h in the last axis
-            z, r, h = np.split(array, 3, axis=-1)                             # PyTorch: r, z, n in the first
-            array = np.concatenate([r, z, h], axis=-1).T
+            array = array[("bias_ih", "bias_hh").index(kind)]
+        if path.endswith("gru"):
+            z, r, h = np.split(array, 3, axis=-1)                             # Keras' gates, in the last axis
+            array = np.concatenate([r, z, h], axis=-1).T                      # PyTorch's, in the first
         elif kind == "weight" and array.ndim == 2:
             array = array.T
         elif array.ndim == 4:
@@ -447,11 +447,9 @@ def load_official_weights(model, variables):
             if layer.startswith("decoder") and isinstance(model.get_submodule(layer), Conv2dSame):
                 array = array.swapaxes(0, 1)[:, :, ::-1, ::-1]                # transposed there, not so here
         if array.shape != parameter.shape:
-            raise ValueError(f"{name} is {tuple(parameter.shape)}, but the official {official} gives {array.shape}: it "
-                             "is of another model")
+            raise ValueError(f"the official {official} does not fit {name}: it is of another model")
         state[name] = torch.tensor(np.ascontiguousarray(array))
         used.add(official)
-    excess = sorted(arrays.keys() - used)
-    if excess:
-        raise ValueError(f"the model has no {excess[0]}: the official weights are of another model")
+    if arrays.keys() - used:
+        raise ValueError(f"the model has no {min(arrays.keys() - used)}: the official weights are of another model")
     model.load_state_dict(state)

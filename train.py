@@ -163,7 +163,8 @@ def orthogonalize(matrix):
     x = x.T if x.shape[0] > x.shape[1] else x
     for _ in range(5):
         square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+        square = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.addmm(x, square, x, beta=3.4445)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
@@ -267,7 +268,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "encoder_strides": ((1, 1, 1, 1), strides, "stride of each convolution of the encoder"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), strides, "stride of each transposed convolution of the decoder"),
-    "decoder_kernel": (5, number(int, 3, 15), "size of their kernels, odd"),
+    "decoder_kernel": (5, [3, 5], "size of their kernels"),
     "pixel_shuffle": (1, SIZE, "the decoder's last layer makes blocks of this many pixels a side"),
     "crop": ("paper", ["paper", "official", "none"], "of CLEVR; official: its window in CLEVR_v1.0, off centre"),
     "min_objects": (0, COUNT_OR_0, "only scenes with at least this many objects"),
@@ -443,7 +444,7 @@ def make_parser():
     mode.add_argument("--out", help="the run's folder; runs/NAME or the next free name if not given")
     parser.add_argument("--small", action="store_true", help="a small model and a short schedule, for a CPU")
     for key, (value, kind, text) in DEFAULTS.items():
-        how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        how = {"choices": kind, "type": type(kind[0])} if isinstance(kind, list) else {"type": kind}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=f"{text} ({value})", **how)
     return parser
