@@ -25,11 +25,11 @@ import torch.nn.functional as F
 
 
 class SlotAttention(nn.Module):
-    """Slot Attention (Algorithm 1). No parameter depends on K or T: a call can change both.
+    """Slot Attention (Algorithm 1). A call can change K and T.
 
     num_slots: K. dim: D. num_iterations: T. inputs_dim: D_in, D if not given.
-    implicit: one-step gradient (Chang et al., 2022): only the last iteration has a gradient, which reaches mu and sigma
-        straight through (Jia et al., 2023). learned_queries: each slot has a mean of its own (Jia et al.)."""
+    implicit: the gradient is that of the last iteration alone (Chang et al., 2022), and passes straight through it to
+        the initial slots (Jia et al., 2023). learned_queries: each slot has a mean of its own (Jia et al., 2023)."""
 
     def __init__(self, num_slots, dim, num_iterations=3, mlp_hidden_size=128, inputs_dim=None, eps=1e-8,
                  implicit=False, learned_queries=False):
@@ -59,28 +59,30 @@ class SlotAttention(nn.Module):
         limit = (6 / (1 + dim)) ** 0.5                                        # Glorot's for Keras' shape [1, 1, D]
         nn.init.uniform_(self.slots_log_sigma, -limit, limit)
         nn.init.uniform_(self.slots_mu, -limit, limit)
-        if learned_queries:                                                   # further apart than the noise
+        if learned_queries:                                                   # means further apart than their noise
             nn.init.normal_(self.slots_mu)
             nn.init.constant_(self.slots_log_sigma, -1)
 
     def init_slots(self, noise):
         """Standard normal noise [B, K, D] -> initial slots [B, K, D] ~ N(mu, sigma)."""
-        mu = self.slots_mu.repeat(1, noise.shape[1], 1)[:, :noise.shape[1]]   # [1, K, D]
+        mu = self.slots_mu.repeat(1, noise.shape[1], 1)[:, :noise.shape[1]]   # [1, K, D]: more slots than means share
         return mu + self.slots_log_sigma.exp() * noise
 
     def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):
-        """inputs [B, N, D_in]; slots [B, K, D]: the initial ones, random if not given -> slots [B, K, D] and attn
-        [B, T, K, N]: each iteration's softmax over the slots, before it is normalised over the inputs."""
+        """inputs [B, N, D_in], initial slots [B, K, D] (random if not given) -> slots [B, K, D], attn [B, T, K, N].
+
+        attn is each iteration's softmax over the slots, before it is normalised over the inputs."""
         inputs = self.norm_inputs(inputs)                                     # [B, N, D_in]
         k, v = self.project_k(inputs), self.project_v(inputs)                 # [B, N, D]
         if slots is None:
-            slots = self.init_slots(k.new_empty(len(k), num_slots or self.num_slots, self.dim).normal_())
+            noise = self.slots_mu.new_empty(len(k), num_slots or self.num_slots, self.dim).normal_()
+            slots = self.init_slots(noise)                                    # [B, K, D]
         init, attns = slots, []
         with torch.autocast(k.device.type, enabled=False):                    # the iterations stay in float32
             k, v = k.to(slots.dtype), v.to(slots.dtype)
             for _ in range(num_iterations or self.num_iterations):
                 if self.implicit:
-                    slots = slots.detach() + (init - init.detach())           # the value of slots, the gradient of init
+                    slots = slots.detach() + (init - init.detach())           # its value; the gradient goes to init
                 slots_prev = slots
                 q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5                # [B, K, D]
                 attn = (q @ k.transpose(1, 2)).softmax(dim=1)                 # [B, K, N]; eq. 1: the slots compete
@@ -99,7 +101,7 @@ class SlotAttention(nn.Module):
 
 
 class Decomposition(NamedTuple):
-    """An image taken apart. Pictures on the images' scale, not clipped; masks sum to 1 over the slots."""
+    """Images taken apart. Pictures are in [-1, 1] as the images, not clipped; masks sum to 1 over the slots."""
 
     recon_combined: torch.Tensor  # [B, 3, H, W]
     recons: torch.Tensor          # [B, K, 3, H, W]
@@ -168,21 +170,22 @@ class SlotAttentionClassifier(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Their layers, as Keras has them: PyTorch's differ in padding, initialisation and epsilon
+# The layers of both models, as Keras has them: PyTorch's differ in padding, initialisation and epsilon
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
     """CNN, position embedding, LayerNorm, MLP (appendix E): image [B, 3, H, W] -> features [B, N, D], N = h * w.
 
-    resolution: (H, W). strides: one 5x5 convolution each. grid_size: (h, w), what they leave of (H, W)."""
+    resolution: (H, W). strides: one 5x5 convolution each. grid_size: (h, w)."""
 
     def __init__(self, resolution, channels, strides, dim):
         super().__init__()
         layers, channels_in, self.grid_size = [], 3, resolution
         for stride in strides:
             layers += [Conv2dSame(channels_in, channels, 5, stride), nn.ReLU()]
-            channels_in, self.grid_size = channels, tuple(math.ceil(size / stride) for size in self.grid_size)
+            channels_in = channels
+            self.grid_size = tuple(math.ceil(size / stride) for size in self.grid_size)
         self.cnn = nn.Sequential(*layers)
         self.pos = SoftPositionEmbed(channels, self.grid_size)
         self.layer_norm = nn.LayerNorm(channels, eps=1e-3)
@@ -190,7 +193,7 @@ class Encoder(nn.Module):
         keras_init(self)
 
     def forward(self, image):
-        x = self.cnn(image.contiguous())                                      # [B, C, h, w]
+        x = self.cnn(image.contiguous())       # [B, C, h, w], in memory as the weights: channels_last if they are
         x = self.pos(x).flatten(2).transpose(1, 2)                            # [B, N, C]
         return self.mlp(self.layer_norm(x))                                   # [B, N, D]
 
@@ -220,15 +223,15 @@ class Decoder(nn.Module):
         keras_init(self)
 
     def forward(self, slots):
-        if isinstance(self.cnn[0], Conv2dSame):
+        if isinstance(self.cnn[0], Conv2dSame):                               # the same as below with less work
             x = self.cnn[1:](self.first_convolution(slots))
         else:
             x = self.cnn(self.pos(slots[:, :, None, None].expand(-1, -1, *self.grid_size)))
         return x[:, :, :self.resolution[0], :self.resolution[1]]              # [M, 4, H, W]
 
     def first_convolution(self, slots):
-        """slots [M, D] -> cnn[0] of the broadcast slots [M, C, h, w], with far less work, by linearity: that of the
-        positions, the same for all slots, plus that of a constant map: of the kernel's k * k taps, those inside it."""
+        """slots [M, D] -> cnn[0] of the broadcast slots [M, C, h, w]: conv(slot + position) = conv(slot) +
+        conv(position). A slot is constant over the grid: conv(slot) is the slot times the kernel's taps in the grid."""
         conv, k = self.cnn[0], self.cnn[0].kernel_size[0]
         position = conv(self.pos(slots.new_zeros(1, slots.shape[1], *self.grid_size)))               # [1, C, h, w]
         inside = F.unfold(slots.new_ones(1, 1, *self.grid_size), k, padding=k // 2)[0].T             # [h * w, k * k]
@@ -245,8 +248,8 @@ class Conv2dSame(nn.Conv2d):
         k, stride = self.kernel_size[0], self.stride[0]
         if stride == 1:
             return F.conv2d(x, self.weight, self.bias, padding=k // 2)
-        total_h, total_w = (max((math.ceil(size / stride) - 1) * stride + k - size, 0) for size in x.shape[2:])
-        x = F.pad(x, (total_w // 2, total_w - total_w // 2, total_h // 2, total_h - total_h // 2))
+        pad_h, pad_w = (max((math.ceil(size / stride) - 1) * stride + k - size, 0) for size in x.shape[2:])
+        x = F.pad(x, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
         return F.conv2d(x, self.weight, self.bias, stride)
 
 
@@ -258,11 +261,11 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
         k, stride = self.kernel_size[0], self.stride[0]
         y = F.conv_transpose2d(x, self.weight, None, stride, padding=(k - stride) // 2)
         y = y[:, :, :stride * x.shape[2], :stride * x.shape[3]]
-        return y + self.bias.view(-1, 1, 1)                                   # apart: its gradient is slow in oneDNN
+        return y + self.bias.view(-1, 1, 1)                                   # apart: oneDNN's gradient of it is slow
 
 
 class SoftPositionEmbed(nn.Module):
-    """Adds a learned linear map of each cell's distances to the four borders (appendix E): [B, C, h, w], the same."""
+    """Adds a learned linear map of each cell's distances to the four borders (appendix E): [B, C, h, w] -> the same."""
 
     def __init__(self, channels, grid_size):
         super().__init__()
@@ -296,9 +299,9 @@ def adjusted_rand_index(true_mask, pred_mask):
 
     true_mask [B, P, Gt]: one-hot, 0/1 or 0/255; points (pixels) of all zeros are ignored, so drop the background's
     group for FG-ARI. pred_mask [B, P, Gp]: any scores; a point belongs to the largest. -> [B], 1 = equal, 0 = chance.
-    Where DeepMind's code gives NaN (0/0: one true and one predicted group, or fewer than two points), this gives 1."""
+    Where DeepMind's code gives NaN (0/0), this gives 1."""
     groups = true_mask.shape[2], pred_mask.shape[2]
-    cell = true_mask.argmax(dim=2) * groups[1] + pred_mask.argmax(dim=2)                 # [B, P], of the table n_ij
+    cell = true_mask.argmax(dim=2) * groups[1] + pred_mask.argmax(dim=2)                 # [B, P], in the flattened n_ij
     n_ij = torch.zeros(len(cell), groups[0] * groups[1], dtype=torch.int64, device=cell.device)
     n_ij.scatter_add_(1, cell, (true_mask > 0).any(dim=2).long())
     n_ij = n_ij.view(-1, *groups)                                                        # [B, Gt, Gp]
@@ -316,7 +319,7 @@ def minimum_cost_matching(cost):
     """The exact minimum-cost assignment, as scipy.optimize.linear_sum_assignment, but of a whole batch on its device.
 
     cost [B, n, m] -> rows, cols [B, min(n, m)], rows in ascending order. A dynamic programme: best[S] is the least cost
-    of giving the first |S| rows the columns S. Work and memory grow as 2^max(n, m); raises ValueError above 16."""
+    of matching the first |S| rows to the set S of columns. It takes 2^max(n, m) steps: ValueError above 16."""
     n, m = cost.shape[1:]
     if n > m:
         cols, rows = minimum_cost_matching(cost.transpose(1, 2))
@@ -363,19 +366,18 @@ def average_precision_clevr(pred, target, distance_threshold=math.inf):
     """Average precision of predicted CLEVR objects (section 4.2), over a whole evaluation set at once.
 
     pred [B, K, 19], target [B, M, 19] (see SlotAttentionClassifier); distance_threshold in CLEVR's units (coordinates
-    from -3 to 3), -1: none. -> float, NaN without real objects. By falling confidence (the last feature) each
-    prediction takes the nearest real object of its image with equal size, material, shape and colour: a hit, if it is
-    nearer than the threshold and not taken before. There is no second choice."""
-    threshold = math.inf if distance_threshold < 0 else distance_threshold
-    same = target[:, None, :, 18] > 0.5                                       # [B, 1, M], real objects, and of these
-    for start, end in ((3, 5), (5, 7), (7, 10), (10, 18)):                    # its size, material, shape and colour
+    from -3 to 3). -> float, NaN without real objects. In order of falling confidence (the last feature) each prediction
+    takes the nearest real object of its image with equal size, material, shape and colour: a hit, if it is nearer than
+    the threshold and not taken before. There is no second choice."""
+    same = target[:, None, :, 18] > 0.5                                       # [B, 1, M], real objects
+    for start, end in ((3, 5), (5, 7), (7, 10), (10, 18)):                    # of equal size, material, shape, colour
         same = same & (pred[:, :, None, start:end].argmax(-1) == target[:, None, :, start:end].argmax(-1))  # [B, K, M]
     distance = 6 * (pred[:, :, None, :3] - target[:, None, :, :3]).norm(dim=-1)
     distance, nearest = torch.where(same, distance, math.inf).min(dim=2)      # [B, K]
 
     order = pred[..., 18].flatten().argsort(descending=True, stable=True)     # all predictions of all images, [B * K]
     objects = nearest + target.shape[1] * torch.arange(len(pred), device=pred.device)[:, None]
-    objects, close = objects.flatten()[order], (distance < threshold).flatten()[order]
+    objects, close = objects.flatten()[order], (distance < distance_threshold).flatten()[order]
     rank = torch.arange(len(order), device=pred.device)
     taken_by = torch.full((len(pred) * target.shape[1],), len(order), device=pred.device)   # the first rank, if any
     taken_by.scatter_reduce_(0, objects[close], rank[close], "amin")
@@ -401,15 +403,13 @@ def build_model(config):
 
 def load_model(checkpoint):
     """The model of a run's checkpoint or of a file of weights, a mapping with "config" and "model" as data.read_file
-    returns it. Raises ValueError if it is none, or damaged."""
+    returns it. Raises ValueError for anything else."""
     try:
         model = build_model(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[:2][-1].strip()                      # of PyTorch's list the first difference
+        reason = " ".join(str(error).split())[:300]                           # PyTorch's has many lines
         raise ValueError(f"no checkpoint of this project, or damaged ({type(error).__name__}: {reason})") from None
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise ValueError("the checkpoint holds weights that are not finite numbers")
     return model
 
 
@@ -419,8 +419,10 @@ def load_official_weights(model, variables):
     variables: a mapping from the checkpoint's keys ("network/layer_with_weights-0/slot_attention/slots_mu/.ATTRIBUTES/
     VARIABLE_VALUE", or the part "slot_attention/slots_mu") to arrays: data.read_tf_checkpoint's, or an open .npz file.
     Raises ValueError, and leaves the model as it was, if a variable is missing, in excess or of another shape."""
-    arrays = {key.removeprefix("network/layer_with_weights-0/").removesuffix("/.ATTRIBUTES/VARIABLE_VALUE"):
-              np.asarray(variables[key]) for key in variables if "/" in key and "optimizer" not in key.lower()}
+    keys = {key.removeprefix("network/layer_with_weights-0/").removesuffix("/.ATTRIBUTES/VARIABLE_VALUE"): key
+            for key in variables}
+    arrays = {name: np.asarray(variables[key]) for name, key in keys.items()
+              if "/" in name and "optimizer" not in name.lower()}
     state, used = {}, set()
     for name, parameter in model.named_parameters():
         layer, kind = name.rsplit(".", 1)
