@@ -297,16 +297,16 @@ FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1
                  train_count=60_000)
 SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000, batch_size=512,
             steps=150_000, warmup=1_000, decay_steps=50_000)
-SMALL = dict(num_iterations=4, implicit=True, encoder_channels=32, encoder_strides=(1, 2, 1), decoder_channels=32,
-             decoder_strides=(1, 1), batch_size=32, lr=2e-3, warmup=200, beta2=0.95, clip=1.0, eval_every=500,
-             slot_loss=0.5, compile=False)
-SMALL_35 = dict(SMALL, pixel_shuffle=3, slot_loss_from=600, steps=4_000, decay_steps=1_000, train_count=40_000,
-                eval_count=512)
-SMALL_64 = dict(SMALL, learned_queries=True, resolution=64, pixel_shuffle=4, slot_loss_from=2_000, steps=6_000,
-                decay_steps=1_500, train_count=10_000)
+SMALL = dict(implicit=True, encoder_channels=32, encoder_strides=(1, 2, 1), lr=2e-3, warmup=100, beta2=0.95, clip=1.0,
+             batch_size=32, eval_every=500, slot_loss=0.5, compile=False)
+SMALL_35 = dict(SMALL, muon=True, num_iterations=7, decoder_channels=64, decoder_kernel=3, pixel_shuffle=3,
+                slot_loss_from=600, steps=2_600, train_count=40_000, eval_count=512)
+SMALL_64 = dict(SMALL, learned_queries=True, num_iterations=4, resolution=64, decoder_channels=32,
+                decoder_strides=(1, 1), pixel_shuffle=4, slot_loss_from=2_000, steps=6_000, decay_steps=1_500,
+                train_count=10_000)
 SMALL_DSPRITES = dict(SMALL_64, train_count=40_000, batch_size=16, steps=12_000, decay_steps=3_000)
-SMALL_SETS = dict(SMALL, learned_queries=True, encoder_strides=(2, 2, 2, 1), train_count=10_000, eval_count=1_000,
-                  steps=8_000, decay_steps=2_000)
+SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, encoder_strides=(2, 2, 2, 1), train_count=10_000,
+                  eval_count=1_000, steps=8_000, decay_steps=2_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
     ("object_discovery", "clevr"): ({}, SMALL_64),
     ("object_discovery", "clevr_like"): ({}, SMALL_64),
