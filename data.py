@@ -5,7 +5,6 @@ Generated: look-alikes of Tetrominoes, Multi-dSprites and CLEVR, with masks and 
 """
 
 import contextlib
-import functools
 import gzip
 import json
 import os
@@ -92,8 +91,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
         source, sources = folder.name, list(folder.glob("scenes/*.json"))
         scenes = clevr_v1_scenes(folder, resolution, crop)
     elif name in ("clevr", "multi_dsprites_on_colored"):
-        raise FileNotFoundError(f"no {file} (the README's section Data says where to get it); "
-                                "--data clevr_like and multi_dsprites need no files")
+        raise FileNotFoundError(f"no {file} (see the README, Data); --data clevr_like and multi_dsprites need no files")
     else:
         return generate(name, split, root, count or train_count, resolution, crop, min_objects, max_objects)
     arrays = cached(root / "cache" / f"{source}-{resolution}-{crop}.pt", sources, scenes)
@@ -132,22 +130,18 @@ def clevr_target(scene):
     """The factors of one scene as in clevr_with_masks (background first, codes from 1) -> target [10, 19] float32:
     (3d_coords + 3) / 6, one-hot size, material, shape and colour, 1 for a real object; rows of zeros after them."""
     target = np.zeros((10, 19), np.float32)
-    objects = np.flatnonzero(scene["size"])  # neither background nor padding
-    if len(objects) > 10:
-        raise ValueError(f"{len(objects)} objects, where CLEVR has 10 at most")
-    for row, e in zip(target, objects):
-        row[:3] = (np.array([scene["x"][e], scene["y"][e], scene["z"][e]]) + 3) / 6
+    for i, e in enumerate(np.flatnonzero(scene["size"])):  # not background, not padding
+        target[i, :3] = (np.array([scene["x"][e], scene["y"][e], scene["z"][e]]) + 3) / 6  # IndexError: over 10 objects
         words = {key: names[int(scene[key][e]) - 1] for key, names in CLEVR_CODES.items()}
-        row[3:18] = [words[key] == name for key, names in CLEVR_TARGETS.items() for name in names]
-        row[18] = 1
+        target[i, 3:18] = [words[key] == name for key, names in CLEVR_TARGETS.items() for name in names]
+        target[i, 18] = 1
     if not (np.abs(target[:, :3]) < 10).all():  # not a number, either
         raise ValueError("its coordinates are not CLEVR's")
     return target
 
 
 def clevr_v1_scenes(folder, resolution, crop):
-    """The scenes of the original CLEVR_v1.0 (480 x 320 PNGs and scenes files, no masks): its splits train and val, one
-    after the other."""
+    """The scenes of the original CLEVR_v1.0 (480 x 320 PNGs, no masks): of its split train, then of val."""
     jobs = []
     for part in ("train", "val"):
         file = folder / f"scenes/CLEVR_{part}_scenes.json"
@@ -175,8 +169,7 @@ def read_png(path):
     """One of CLEVR_v1.0's pictures -> [H, W, 3] uint8, without the alpha channel."""
     with reading(path):
         Image.open(path, formats=["PNG"]).verify()  # the checksums, which reading the pixels leaves out
-        with Image.open(path, formats=["PNG"]) as picture:
-            return np.array(picture.convert("RGB"))
+        return np.array(Image.open(path, formats=["PNG"]).convert("RGB"))
 
 
 def resize(picture, resolution, crop="none"):
@@ -224,9 +217,8 @@ def tfrecords_scenes(file, resolution, crop):
 def read_tfrecords(path, name, limit=None):
     """The scenes of one of DeepMind's GZIP TFRecord files, one dict of arrays each, in the file's order.
 
-    name: a key of TFRECORDS; "_train" after it is ignored. -> image [H, W, 3] uint8; mask [E, H, W] uint8 0/1,
-    background first; the factors as stored, [E] or [E, 3], float32 or uint8. Raises ValueError where the file is cut
-    short, damaged or another."""
+    name: a key of TFRECORDS, with or without "_train". -> image [H, W, 3] uint8; mask [E, H, W] uint8 0/1, background
+    first; the factors as stored, [E] or [E, 3], float32 or uint8. Raises ValueError for a damaged file or another."""
     image_shape, mask_shape, entities_third = TFRECORDS[name.removesuffix("_train")]
     number = 0
     with reading(path), gzip.open(path) as file:
@@ -248,17 +240,13 @@ def read_tfrecords(path, name, limit=None):
 
 
 def parse_example(record):
-    """A serialised tf.train.Example -> {feature: flat array}, uint8 of a BytesList of single bytes, float32 of a
-    FloatList."""
+    """A serialised tf.train.Example -> {feature: flat array, uint8 or float32}."""
     scene = {}
     for entry in protobuf(protobuf(memoryview(record))[1][0])[1]:
         entry = protobuf(entry)
         name, feature = bytes(entry[1][0]).decode(), protobuf(entry[2][0])
-        if 1 in feature:  # every byte is a message of its own: field 1 (0x0a), length 1, the byte
-            array = np.frombuffer(feature[1][0], np.uint8).reshape(-1, 3)
-            if (array[:, :2] != (10, 1)).any():
-                raise ValueError("its byte strings are not single bytes")
-            scene[name] = array[:, 2]
+        if 1 in feature:  # a BytesList of single bytes, each a message of its own: its tag, its length 1, the byte
+            scene[name] = np.frombuffer(feature[1][0], np.uint8)[2::3]
         else:
             scene[name] = np.frombuffer(protobuf(feature[2][0])[1][0], "<f4")
     return scene
@@ -266,8 +254,7 @@ def parse_example(record):
 
 def read_tf_checkpoint(prefix):
     """{key: float32 array} of a TensorFlow 2 checkpoint of one shard. PREFIX.index is a LevelDB table, uncompressed, of
-    BundleEntry messages (tensorflow/core/protobuf/tensor_bundle.proto) that say where in PREFIX.data-00000-of-00001
-    each array lies. Raises OSError for a missing file, ValueError for a damaged one."""
+    BundleEntry messages (tensor_bundle.proto), which say where in PREFIX.data-00000-of-00001 each array lies."""
     index, data = Path(f"{prefix}.index").read_bytes(), Path(f"{prefix}.data-00000-of-00001").read_bytes()
 
     def block(place):
@@ -275,8 +262,6 @@ def read_tf_checkpoint(prefix):
         offset, place = varint(place)
         end = offset + varint(place)[0] + 1
         buffer = checked(index[offset:end], index[end:end + 4])
-        if buffer[-1] != 0:
-            raise ValueError("its blocks are compressed, which this reader does not know")
         key, restarts = b"", int.from_bytes(buffer[-5:-1], "little")
         buffer = buffer[:len(buffer) - 5 - 4 * restarts]
         while buffer:
@@ -289,11 +274,8 @@ def read_tf_checkpoint(prefix):
 
     arrays = {}
     with reading(f"{prefix}.index"):
-        if index[-8:] != bytes.fromhex("57fb808b247547db"):
-            raise ValueError("its last bytes are not a table's")
-        footer = index[-48:]
-        for _ in range(2):  # the place of the metaindex, which nobody needs
-            footer = varint(footer)[1]
+        _, footer = varint(index[-48:])  # first the place of the metaindex, two numbers that nobody needs
+        _, footer = varint(footer)
         for _, place in block(footer):
             for key, value in block(place):
                 entry = protobuf(value)
@@ -373,28 +355,24 @@ def lock(file, wait=False):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        return not isinstance(error, BlockingIOError)  # a file system may have no locks
     return True
 
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Gives a temporary path, which replaces `path` at the end: a kill, a full disk or an error leaves that alone."""
-    path = Path(path)
+    """Gives a temporary Path, which replaces `path` at the end: a kill, a full disk or an error leaves that alone."""
     part = path.with_name(f"part-{path.name}")  # the suffix stays: it says a figure's format
     try:
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException as error:
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is kept") from None
+    finally:
         part.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):  # torch's writer turns a full disk into a RuntimeError
-            raise
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there is as it was") from None
 
 
 @contextlib.contextmanager
@@ -405,11 +383,12 @@ def reading(path):
     except Exception as error:  # PIL, torch and zipfile have many ways to say it
         if isinstance(error, OSError) and error.filename:  # missing, or not to be read
             raise
-        raise ValueError(f"{path} is damaged or of another kind ({error!r:.100}): get or build it again") from None
+        raise ValueError(f"{path} is damaged, cut short or another kind of file ({error!r:.100}); if it is a cache, "
+                         "delete it, and it will be built again") from None
 
 
 def read_file(path, mmap=False):
-    """A checkpoint, file of weights or cache (.pt) -> its content. No code in it runs. Raises OSError or ValueError."""
+    """A checkpoint, file of weights or cache (.pt) -> its content; mmap: mapped, not copied. No code in it is run."""
     with reading(path):
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load checks no checksums
@@ -425,22 +404,19 @@ def cached(path, sources, scenes):
         lock(file, wait=True)
         if not path.exists() or any(path.stat().st_mtime < source.stat().st_mtime for source in sources):
             say(f"building {path} (once)")
-            content = concatenate(scenes)
+            blocks = []
+            for block in scenes:
+                blocks.append(block)
+                if len(blocks) % 100 == 0:
+                    say(f"{sum(len(block['image']) for block in blocks):,} scenes", end="\r")
+            if not any(len(block["image"]) for block in blocks):
+                raise ValueError("there is no scene, or none with --min-objects to --max-objects")
+            # What is joined is let go: the pictures of all of CLEVR, twice, are 10 GB.
+            content = {key: torch.from_numpy(np.concatenate([block.pop(key) for block in blocks]))
+                       for key in list(blocks[0])}
             with whole_file(path) as part:
                 torch.save(content, part)
     return read_file(path, mmap=True)
-
-
-def concatenate(scenes):
-    blocks = []
-    for block in scenes:
-        blocks.append(block)
-        if len(blocks) % 100 == 0:
-            say(f"{sum(len(block['image']) for block in blocks):,} scenes", end="\r")
-    if not any(len(block["image"]) for block in blocks):
-        raise ValueError("there is no scene, or none with --min-objects to --max-objects")
-    # Each key's arrays are let go when they are joined: all of CLEVR takes 7 GB.
-    return {key: torch.from_numpy(np.concatenate([block.pop(key) for block in blocks])) for key in list(blocks[0])}
 
 
 def on_all_cores(function, jobs):
@@ -464,11 +440,10 @@ GENERATORS = 2  # another number whenever they draw other scenes: it is in the n
 
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
     """Scenes drawn by the rules of a dataset, through the cache, as `load`. The splits are the same in every run."""
-    full = DATA[name][2]
     if name != "clevr_like":
         say(f"no {DATA[name][0]}.tfrecords in {root}/: {count:,} {split} scenes are generated by the same rules")
-        if resolution != full:
-            raise ValueError(f"generated {name} are of {full} x {full} pixels: leave --resolution out")
+        if resolution != DATA[name][2]:
+            raise ValueError(f"generated {name} come in one size: leave --resolution out")
     seed, size = 1 if split == "train" else 2, 32 if name == "clevr_like" else 1_000
 
     def draw(start):
@@ -483,9 +458,8 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         keep = (objects >= min_objects) & (objects <= max_objects)
         return {key: scenes[key][keep] for key in ("image", "label", "target") if key in scenes}
 
-    settings = f"{split}-{count}-{resolution}-{crop}-{min_objects}-{max_objects}"
-    arrays = cached(root / "cache" / f"{name}{GENERATORS}-{settings}.pt", [],
-                    on_all_cores(draw, range(0, count, size)))
+    path = root / "cache" / f"{name}{GENERATORS}-{split}-{count}-{resolution}-{crop}-{min_objects}-{max_objects}.pt"
+    arrays = cached(path, [], on_all_cores(draw, range(0, count, size)))
     return Scenes(arrays["image"], arrays["label"], arrays.get("target"), source=f"generated {name}")
 
 
@@ -493,8 +467,8 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
 TETROMINOES = """####     #/#/#/#  ##/##
                  #./#./## ###/#..  ##/.#/.# ..#/###  .#/.#/## #../###  ##/#./#. ###/..#
                  ###/.#.  .#/##/.# .#./###  #./##/#. .##/##.  #./##/.# ##./.##  .#/##/#.""".split()
-TETROMINO_CELLS = np.array([[(row, col) for row, line in enumerate(piece.split("/"))
-                             for col, cell in enumerate(line) if cell == "#"] for piece in TETROMINOES])  # [19, 4, 2]
+TETROMINO_CELLS = np.array([np.argwhere([[cell == "#" for cell in line] for line in piece.split("/")])
+                            for piece in TETROMINOES])  # [19, 4, 2]
 TETROMINO_EXTENT = 5 * (TETROMINO_CELLS.max(axis=1) + 1)  # [19, 2], height and width in pixels
 TETROMINO_COLORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
 TETROMINO_TILE = np.array([[191, 255, 255, 255, 223]] + 3 * [[127, 159, 159, 159, 191]] + [[95, 63, 63, 63, 127]])
@@ -504,9 +478,8 @@ def make_tetrominoes(count, seed):
     """Scenes by the rules of DeepMind's Tetrominoes: three pieces of 19 orientations and six colours, at any pixel
     where they lie inside 35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
 
-    -> image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1, background first; factors with the background first:
-    shape [n, 4] (1 to 19), color [n, 4, 3] (RGB, 0/1), x, y [n, 4] (the bounding box's left and top pixel),
-    visibility [n, 4] (1: all are there)."""
+    -> image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1; factors [n, 4]: shape (1 to 19), x, y (the bounding
+    box's left and top pixel), visibility (1: all are there); color [n, 4, 3] (RGB, 0/1). The background is first."""
     rng = np.random.default_rng(seed)
     piece, corner = np.empty((count, 3), int), np.empty((count, 3, 2), int)
     todo = np.arange(count)
@@ -519,24 +492,20 @@ def make_tetrominoes(count, seed):
     color = TETROMINO_COLORS[rng.integers(len(TETROMINO_COLORS), size=(count, 3))]
     image, mask = draw_tetrominoes(piece, corner, color)
     factors = {"shape": piece + 1, "color": color, "x": corner[..., 1], "y": corner[..., 0]}
-    factors = {key: np.concatenate([np.zeros_like(value[:, :1]), value], axis=1) for key, value in factors.items()}
+    factors = {key: np.insert(value, 0, 0, axis=1) for key, value in factors.items()}
     return {"image": image, "mask": mask, **factors, "visibility": np.ones((count, 4))}
 
 
 def draw_tetrominoes(piece, corner, color):
-    """piece [n, 3] (0 to 18), corner [n, 3, 2] (row, column of the bounding box's top left), color [n, 3, 3] (0/1)
-    -> image [n, 35, 35, 3] uint8, mask [n, 4, 35, 35] uint8 0/1, background first."""
-    count = len(piece)
+    """piece [n, 3] (0 to 18), corner [n, 3, 2] (top, left), color [n, 3, 3] -> image and mask, as make_tetrominoes."""
+    count = len(corner)
     image, label = np.zeros((count, 35, 35, 3), np.uint8), np.zeros((count, 35, 35), np.uint8)
-    cells = corner[:, :, None] + 5 * TETROMINO_CELLS[piece]                               # [n, 3, 4, 2]
-    scenes, pixels = np.arange(count)[:, None, None], np.arange(5)
+    cells = (corner[:, :, None] + 5 * TETROMINO_CELLS[piece])[..., None, None]            # [n, 3, 4, 2, 1, 1]
+    scenes, pixels = np.arange(count)[:, None, None, None], np.arange(5)
     for p in range(3):
-        tiles = (TETROMINO_TILE[None, :, :, None] * color[:, p, None, None]).astype(np.uint8)  # [n, 5, 5, 3]
-        for c in range(4):
-            rows = cells[:, p, c, 0, None, None] + pixels[:, None]
-            cols = cells[:, p, c, 1, None, None] + pixels
-            image[scenes, rows, cols] = tiles
-            label[scenes, rows, cols] = p + 1
+        rows, cols = cells[:, p, :, 0] + pixels[:, None], cells[:, p, :, 1] + pixels      # [n, 4, 5, 1], [n, 4, 1, 5]
+        image[scenes, rows, cols] = TETROMINO_TILE[:, :, None] * color[:, p, None, None, None]
+        label[scenes, rows, cols] = p + 1
     return image, (label[:, None] == np.arange(4, dtype=np.uint8)[:, None, None]).view(np.uint8)
 
 
@@ -550,56 +519,42 @@ def make_moving_tetrominoes(frames, seed, speed=2.0):
     way = np.arange(frames)[:, None, None] * speed * np.stack([np.sin(angle), np.cos(angle)], axis=-1)
     room = 35 - TETROMINO_EXTENT[piece]
     corner = np.abs((start + way + room) % (2 * room) - room)                             # [F, 3, 2], a triangle wave
-    color = scene["color"][:, 1:].repeat(frames, axis=0)
-    return draw_tetrominoes(piece.repeat(frames, axis=0), corner.round().astype(int), color)[0]
+    return draw_tetrominoes(piece, corner.round().astype(int), scene["color"][:, 1:])[0]
 
 
 DSPRITES_SCALES, DSPRITES_ORIENTATIONS = np.linspace(0.5, 1, 6), np.linspace(0, 2 * np.pi, 40)
 
 
 def make_multi_dsprites(count, seed):
-    """Scenes after DeepMind's Multi-dSprites, colored_on_grayscale: 2 to 5 sprites (square, ellipse, heart; 6 scales,
-    40 orientations, 32 x 32 positions) on a grey background, the later over the earlier. Hue is uniform, saturation and
-    value are from 0.5 to 1. The same (count, seed) gives the same scenes.
+    """Scenes after DeepMind's Multi-dSprites, colored_on_grayscale: 2 to 5 sprites (6 scales, 40 orientations, 32 x 32
+    positions), the later over the earlier, on grey. The same (count, seed) gives the same scenes.
 
-    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; factors [n, 6], padded with zeros:
-    shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians), x, y (0 to 1), visibility (1: is there);
-    color [n, 6, 3] (RGB, 0 to 1)."""
+    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; shape (1 square, 2 ellipse, 3
+    heart), scale, orientation (radians), x, y (0 to 1), visibility, all [n, 6], 0 where none is; color [n, 6, 3] (0 to 1)."""
     rng = np.random.default_rng(seed)
     there = np.arange(5) < rng.integers(2, 6, (count, 1))                                 # [n, 5]
     shape, scale, turn, row, col = (rng.integers(size, size=(count, 5)) for size in (3, 6, 40, 32, 32))
     hsv = np.stack([rng.random((count, 5)), *rng.uniform(0.5, 1, (2, count, 5))], axis=-1)
     palette = np.concatenate([rng.random((count, 1, 1)).repeat(3, 2), hsv_to_rgb(hsv)], axis=1)        # [n, 6, 3]
 
-    label, pixels, stencils = np.zeros((count, 64, 64), np.uint8), np.arange(64), dsprites_stencils()
-    for s in range(5):  # the painter's order; a stencil is centred in 128 x 128, its window's place sets the sprite's
-        rows, cols = pixels - (row[:, s, None] + 16) + 64, pixels - (col[:, s, None] + 16) + 64
-        stencil = stencils[shape[:, s], scale[:, s], turn[:, s]]
-        drawn = stencil[np.arange(count)[:, None, None], rows[:, :, None], cols[:, None, :]]
-        label[drawn & there[:, s, None, None]] = s + 1
+    label, pixels = np.zeros((count, 64, 64), np.uint8), np.arange(64) - 16
+    for s in range(5):  # the painter's order
+        angle, size = DSPRITES_ORIENTATIONS[turn[:, s, None, None]], 12 * DSPRITES_SCALES[scale[:, s, None, None]]
+        y, x = pixels[:, None] - row[:, s, None, None], pixels - col[:, s, None, None]    # [n, 64, 1], [n, 1, 64]
+        u = (np.cos(angle) * x + np.sin(angle) * y) / size                                # [n, 64, 64]
+        v = (np.cos(angle) * y - np.sin(angle) * x) / size
+        square = np.maximum(np.abs(u), np.abs(v)) < 0.8
+        ellipse = u ** 2 + (v / 0.6) ** 2 < 1
+        heart = u ** 2 + (-1.2 * v + 0.1 - 0.75 * np.sqrt(np.abs(u))) ** 2 < 0.9
+        label[np.choose(shape[:, s, None, None], [square, ellipse, heart]) & there[:, s, None, None]] = s + 1
     image = (palette * 255).round().astype(np.uint8)[np.arange(count)[:, None, None], label]
 
     factors = {"shape": shape + 1, "scale": DSPRITES_SCALES[scale], "orientation": DSPRITES_ORIENTATIONS[turn],
                "x": col / 31, "y": row / 31}
-    factors = {key: np.pad(np.where(there, value, 0), ((0, 0), (1, 0))) for key, value in factors.items()}
-    visibility = np.pad(there, ((0, 0), (1, 0)), constant_values=True)
+    factors = {key: np.insert(np.where(there, value, 0), 0, 0, axis=1) for key, value in factors.items()}
+    visibility = np.insert(there, 0, True, axis=1)
     return {"image": image, "mask": (label[:, None] == np.arange(6, dtype=np.uint8)[:, None, None]).view(np.uint8),
             **factors, "visibility": visibility.astype(float), "color": palette * visibility[..., None]}
-
-
-@functools.cache
-def dsprites_stencils():
-    """[3 shapes, 6 scales, 40 orientations, 128, 128] bool, each sprite in the middle."""
-    y, x = np.meshgrid(np.arange(128) - 64, np.arange(128) - 64, indexing="ij")
-    cos, sin = np.cos(DSPRITES_ORIENTATIONS)[:, None, None], np.sin(DSPRITES_ORIENTATIONS)[:, None, None]
-    stencils = []
-    for scale in DSPRITES_SCALES:
-        u, v = (cos * x + sin * y) / (12 * scale), (cos * y - sin * x) / (12 * scale)     # [40, 128, 128]
-        square = np.maximum(np.abs(u), np.abs(v)) < 0.8
-        ellipse = u ** 2 + (v / 0.6) ** 2 < 1
-        heart = u ** 2 + (-1.2 * v + 0.1 - 0.75 * np.sqrt(np.abs(u))) ** 2 < 0.9
-        stencils.append([square, ellipse, heart])
-    return np.array(stencils).swapaxes(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -610,12 +565,12 @@ def dsprites_stencils():
 CLEVR_SIZES = np.array([1, 0.7, 0.35], np.float32)
 CLEVR_COLORS = np.array([[255, 255, 255], [173, 35, 35], [41, 208, 208], [29, 105, 20], [42, 75, 215], [129, 74, 25],
                          [87, 87, 87], [129, 38, 192], [255, 238, 51]])
-# Six limits of each solid, in which |ball * point| <= 1 and on each axis |box * point| <= 1 (0: no
-# limit): sphere, cylinder, cube whose corners a ball cuts off. Their radii squared, and 1% more.
+# Six limits of each solid, in which |ball * point| <= 1 and on each axis |box * point| <= 1 (0: no limit): sphere,
+# cylinder, cube whose corners a ball cuts off. Their radii squared, and 1% more.
 CLEVR_SOLIDS = np.array([[0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 1], [0.62, 0.62, 0.62, 1, 1, 1]])
 CLEVR_REACH = np.array([-np.inf, 1.01, 2.02, 2.63])
-# The mean camera, aimed at the origin, and its focal length (pixels of the 480 x 320 frame) fit the
-# pixel_coords of CLEVR_v1.0; power of key, fill and back lamp and ambient light fit bare ground.
+# The mean camera, aimed at the origin, and its focal length (pixels of the 480 x 320 frame) fit the pixel_coords of
+# CLEVR_v1.0; power of key, fill and back lamp and ambient light fit bare ground.
 CLEVR_CAMERA, CLEVR_FOCAL = np.array([7.481, -6.508, 5.344]), 525
 CLEVR_LAMPS = np.array([[6.447, -2.905, 4.258], [-4.671, -4.014, 3.011], [-1.168, 2.646, 5.816]])
 CLEVR_POWER, CLEVR_AMBIENT = np.array([[5.75, 5.32, 4.63], [1.20, 1.31, 1.66], [2.60, 2.54, 2.49]]), 0.135
@@ -629,8 +584,8 @@ def camera_axes(camera):
 
 
 def project(points, camera=CLEVR_CAMERA):
-    """CLEVR's 3d_coords [..., 3] -> column, row (in the 480 x 320 frame) and depth [..., 3] for a
-    camera at `camera` [3]; for the mean camera the error in CLEVR_v1.0 is a few pixels."""
+    """CLEVR's 3d_coords [..., 3] -> column, row (in the 480 x 320 frame) and depth [..., 3], as a camera [3] sees them;
+    for the mean camera the error in CLEVR_v1.0 is a few pixels."""
     view = (points - camera) @ camera_axes(camera).T
     return np.concatenate([view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160), view[..., 2:]], -1)
 
@@ -692,23 +647,20 @@ class ClevrScene:
         inside[ray, entity] = torch.where(hit, leave - enter, 0)
         return before, inside
 
-    def normals(self, position, entity):
-        """Of the surface |ball * point| ** 16 + sum((box * point) ** 16) = 1: edges look round."""
-        p, q = apply(self.solid[entity], position - self.center[entity]).split(3, 1)
-        gradient = torch.cat([p * dot(p, p) ** 7, q ** 15], 1)                     # [Q, 6]
-        return F.normalize(apply(self.solid[entity].mT, gradient), dim=1)
-
     def shade(self, origin, direction, mirrors=True):
         """What rays see: linear color [R, 3] and entity [R]. mirrors=False: metal as rubber."""
         distance, _ = self.intersect(origin, direction)
         distance[:, 0] = origin[:, 2] / (-direction[:, 2]).clamp(min=0.001)  # sky: far ground
         distance, entity = distance.min(1)
-        position, hit = origin + distance[:, None] * direction, entity > 0
-        normal = position.new_tensor([0, 0, 1]).expand_as(position).clone()
-        normal[hit] = self.normals(position[hit], entity[hit])
+        position = origin + distance[:, None] * direction
+        # Of the surface |ball * point| ** 16 + sum((box * point) ** 16) = 1: edges look round.
+        p, q = apply(self.solid[entity], position - self.center[entity]).split(3, 1)
+        gradient = torch.cat([p * dot(p, p) ** 7, q ** 15], 1)                     # [R, 6]
+        normal = F.normalize(apply(self.solid[entity].mT, gradient), dim=1)
+        normal[entity == 0] = normal.new_tensor([0, 0, 1])
         mirrored = direction - 2 * dot(direction, normal) * normal
         sky = torch.exp(-direction[:, 2:].clamp(min=0) / 0.07)  # it darkens from the horizon up
-        light = CLEVR_AMBIENT * torch.where(hit[:, None], 1, sky)
+        light = CLEVR_AMBIENT * torch.where(entity[:, None] > 0, 1, sky)
         gloss = 0
         for lamp, power in zip(self.lamps, self.power):
             to_lamp = lamp - position
@@ -744,8 +696,8 @@ class ClevrScene:
 
 
 def draw_clevr_scene(rng, number):
-    """By the rules of CLEVR's generator: factors [11] (background first), camera [3], lamps [3, 3].
-    As there, all begins anew if an object finds no place or shows under 200 pixels of 240 x 320."""
+    """By the rules of CLEVR's generator: factors [11] (background first), camera [3] and the ClevrScene of them. As
+    there, all begins anew if an object finds no place or shows under 200 pixels of 240 x 320."""
     camera, lamps = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3), CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
     x, y = camera[:2] / np.hypot(camera[0], camera[1])
     ahead_and_aside = np.array([[x, -y], [y, x]])
@@ -768,30 +720,29 @@ def draw_clevr_scene(rng, number):
     seen = torch.bincount(distance.argmin(1), minlength=number + 1)
     if seen.min() < 200 / (240 * 320) * len(distance):
         return draw_clevr_scene(rng, number)
-    return factors, camera, lamps
+    return factors, camera, scene
 
 
 def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, crop=True):
-    """Scenes after CLEVR (Johnson et al. 2017), in the layout of DeepMind's CLEVR with masks. Scene
-    i depends on seed, numbers of objects and i, not on count. crop=False: the whole frame, made
-    square, not the part for object discovery, where objects may be cut or, though present, outside.
+    """Scenes after CLEVR (Johnson et al. 2017), in the layout of DeepMind's CLEVR with masks. Scene i depends on seed,
+    numbers of objects and i, not on count. crop: the central square, in which objects may be cut or missing, as object
+    discovery sees them; else the whole frame, made square.
 
-    -> image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1, background first; factors [n, 11],
-    padded with zeros: float32 x, y, z (3d_coords), rotation (0 to 360; drawn as if in radians, as
-    CLEVR does), visibility (1: is there), pixel_coords [n, 11, 3] (column and row of the center in
-    the picture, whose pixel j spans [j, j + 1], and depth); uint8 size, material, shape, color,
-    from 1 as in CLEVR_CODES."""
+    -> image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1, background first; target [n, 10, 19], see clevr_target;
+    factors [n, 11], padded with zeros: x, y, z (3d_coords), rotation (0 to 360; drawn as if in radians, as CLEVR does),
+    visibility (1: is there), size, material, shape, color (from 1 as in CLEVR_CODES); pixel_coords [n, 11, 3]: column
+    and row of the center in the picture, whose pixel j spans [j, j + 1], and depth."""
     if not 1 <= min_objects <= max_objects <= 10:
         raise ValueError(f"need 1 <= min_objects <= max_objects <= 10, got {min_objects} and {max_objects}")
-    window, scenes = CLEVR_CROP[320, 480] if crop else (0, 320, 0, 480), []
-    top, bottom, left, right = window
+    top, bottom, left, right = window = CLEVR_CROP[320, 480] if crop else (0, 320, 0, 480)
+    scenes = []
     for i in range(count):
         rng = np.random.default_rng((*np.atleast_1d(seed), i))
-        factors, camera, lamps = draw_clevr_scene(rng, rng.integers(min_objects, max_objects + 1))
-        image, entity = ClevrScene(factors, camera, lamps).render(window, resolution)
+        factors, camera, scene = draw_clevr_scene(rng, rng.integers(min_objects, max_objects + 1))
+        image, entity = scene.render(window, resolution)
         coords = project(np.stack([factors["x"], factors["y"], factors["z"]], 1), camera)    # [11, 3]
         coords = (coords - (left, top, 0)) * (resolution / (right - left), resolution / (bottom - top), 1)
         coords[factors["shape"] == 0] = 0
         scenes.append({"image": image, "mask": np.uint8(entity == np.arange(11)[:, None, None]), **factors,
-                       "pixel_coords": np.float32(coords)})
+                       "pixel_coords": np.float32(coords), "target": clevr_target(factors)})
     return {key: np.stack([scene[key] for scene in scenes]) for key in scenes[0]}

@@ -33,9 +33,11 @@ import visualize
 from data import one_line_errors, say
 from slot_attention import (MODELS, SetPrediction, adjusted_rand_index, average_precision_clevr, build_model,
                             hungarian_huber_loss, load_model)
+from visualize import number
 
-RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ.get(key, default)) for key, default in  # as torchrun numbers them
-                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training and evaluation
@@ -57,7 +59,7 @@ def train(config, out, checkpoint=None):
         f"{str(dtype).removeprefix('torch.')}; writing to {out}/")
 
     stop, since, clock = catch_signals(), step, time.perf_counter()
-    total = torch.zeros(2, device=device)  # the sum of the losses; whether to stop
+    total = torch.zeros(2, device=device)  # sum of the losses since the last line; number of signals
     for parts in batches(config, scenes, step, device):
         if step >= config.steps:
             break
@@ -70,17 +72,19 @@ def train(config, out, checkpoint=None):
         total[1] = len(stop)
         if WORLD_SIZE > 1:
             dist.all_reduce(total)
-        loss, stopped = (total / (WORLD_SIZE * (step - since))).tolist()
+        loss, stopped = total.tolist()
+        loss /= WORLD_SIZE * (step - since)
         elapsed = time.perf_counter() - clock
         seconds += elapsed
         result = evaluate(model, config, held_out, device, dtype) if at_eval and RANK == 0 else {}
-        text += json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 1), **result}) + "\n"
+        line = json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 1), **result}) + "\n"
+        text += line
         say(f"step {step:,}/{config.steps:,}  loss {loss:.5f}  {(step - since) * config.batch_size / elapsed:,.0f} "
             f"images/s  {seconds / step * (config.steps - step) / 60:.1f} min left  {json.dumps(result)[1:-1]}")
         with one_line_errors():
             if not math.isfinite(loss + result.get("eval_loss", 0.0)):
                 raise ValueError(DIVERGED.format(step, out))
-            log.write(text.splitlines(keepends=True)[-1].encode())
+            log.write(line.encode())
             if at_eval or stopped:
                 save(out, config, model, optimizer, step, seconds, text)
         if stopped:
@@ -88,15 +92,16 @@ def train(config, out, checkpoint=None):
             sys.exit(128 + max(stop, default=signal.SIGTERM))
         total.zero_()
         since, clock = step, time.perf_counter()
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
     say(f"trained in {seconds / 60:.1f} minutes; evaluate with: python train.py --eval {out}")
 
 
 def train_step(model, optimizer, parts, config, step, dtype):
-    """One step on this process's parts of a batch -> their mean loss, a tensor: reading its value waits for the device.
-    """
+    """One step on this process's parts of a batch -> their mean loss, a tensor: reading its value waits for the GPU."""
     for group in optimizer.param_groups:
         group["lr"] = group["scale"] * learning_rate(step, config)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     total = 0.0
     for batch in parts:
         with torch.autocast(batch["image"].device.type, dtype, enabled=dtype != torch.float32):
@@ -104,9 +109,10 @@ def train_step(model, optimizer, parts, config, step, dtype):
         loss = compute_loss(output, batch, config.slot_loss if step >= config.slot_loss_from else 0.0) / len(parts)
         loss.backward()
         total += loss.detach()
-    for parameter in model.parameters() if WORLD_SIZE > 1 else ():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= WORLD_SIZE
+    if WORLD_SIZE > 1:
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= WORLD_SIZE
     if config.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     optimizer.step()
@@ -117,8 +123,7 @@ def compute_loss(output, batch, slot_loss=0.0):
     """Mean squared error over batch, pixels and channels (section 2.2), or the set prediction's loss (section 2.3).
 
     With slot_loss w, (1 - w) * error of the sum + w * sum of the slots' own errors, each weighted by its mask. The
-    second is never smaller: it adds what the slots disagree by where their masks overlap, so every pixel wants one
-    owner."""
+    second is larger where masks overlap and pictures differ, so that each pixel is left to one slot."""
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
     error = F.mse_loss(output.recon_combined, batch["image"])
@@ -138,8 +143,7 @@ def learning_rate(step, config):
 
 
 class Muon(torch.optim.Adam):
-    """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all other parameters. (torch.optim.Muon takes no
-    convolutions.) Not in the paper; the recipes with --small use it.
+    """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all other parameters. Not in the paper; the demo's.
 
     The update of a matrix is its momentum with all singular values set near 1: each direction is learned at the same
     speed, also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
@@ -148,8 +152,10 @@ class Muon(torch.optim.Adam):
     def step(self):
         for group in self.param_groups[1:]:
             for parameter in group["params"]:
-                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                momentum.lerp_(parameter.grad, 0.05)
+                state = self.state[parameter]
+                if not state:
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))  # Adam wants a step
+                momentum = state["momentum"].lerp_(parameter.grad, 0.05)
                 update = orthogonalize(parameter.grad.lerp(momentum, 0.95).flatten(1))       # Nesterov's momentum
                 update = update * max(1, update.shape[0] / update.shape[1]) ** 0.5
                 parameter.sub_(group["lr"] * update.view_as(parameter))
@@ -169,7 +175,7 @@ def orthogonalize(matrix):
 
 
 def make_optimizer(model, config):
-    """Its groups' learning rates are `scale` times the schedule's."""
+    """Each group's learning rate is its `scale` times learning_rate()."""
     if not config.muon:
         return torch.optim.Adam([{"params": model.parameters(), "scale": 1}], betas=(0.9, config.beta2), fused=True)
     # Hidden: all but the first and last layer, which see or make pixels, and what makes slots and positions.
@@ -183,15 +189,17 @@ def make_optimizer(model, config):
 def batches(config, scenes, step, device):
     """The training batches from a step on, with the slots' initial noise [B, K, D], in this process's parts. Order and
     noise depend on seed, epoch and step alone: a run that goes on draws what it would have drawn."""
-    size, per_epoch, number = config.batch_size, len(scenes) // config.batch_size, WORLD_SIZE * config.accumulate
+    size, per_epoch, pieces = config.batch_size, len(scenes) // config.batch_size, WORLD_SIZE * config.accumulate
+    seed = config.seed * 1_000_003  # more than the usual numbers of steps: seeds share no noise
     while True:
         epoch, first = divmod(step, per_epoch)
-        order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(seed + epoch))
         for index in order[:per_epoch * size].split(size)[first:]:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(seed + step)
             noise = torch.randn(size, config.num_slots, config.slot_dim, generator=generator)
-            parts = list(zip(index.chunk(number), noise.chunk(number)))[RANK * config.accumulate:][:config.accumulate]
-            yield [{**scenes.batch(index, device), "noise": data.put(noise, device)} for index, noise in parts]
+            parts = list(zip(index.chunk(pieces), noise.chunk(pieces)))
+            own = parts[RANK * config.accumulate:(RANK + 1) * config.accumulate]
+            yield [{**scenes.batch(index, device), "noise": data.put(noise, device)} for index, noise in own]
             step += 1
 
 
@@ -210,14 +218,15 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
             predictions.append(output.predictions)
             targets.append(batch["target"])
         elif "label" in batch:
-            true_mask = F.one_hot(batch["label"].flatten(1).long(), 11)[..., 1:]  # [B, P, 10]: without the background
+            true_mask = F.one_hot(batch["label"].flatten(1).long(), 11)[..., 1:]  # [B, P, 10]: no background
             aris.append(adjusted_rand_index(true_mask, output.masks.flatten(2).transpose(1, 2)))
     result = {"eval_loss": round(torch.cat(losses).double().mean().item(), 6)}
     if aris:
         result["ari"] = round(torch.cat(aris).double().mean().item(), 4)
-    for threshold in (math.inf, 1, 0.5, 0.25, 0.125) if predictions else ():
-        ap = average_precision_clevr(torch.cat(predictions), torch.cat(targets), threshold)
-        result[f"ap_{threshold}"] = round(ap, 4)
+    if predictions:
+        for threshold in (math.inf, 1, 0.5, 0.25, 0.125):
+            ap = average_precision_clevr(torch.cat(predictions), torch.cat(targets), threshold)
+            result[f"ap_{threshold}"] = round(ap, 4)
     return result
 
 
@@ -237,23 +246,12 @@ def print_evaluation(config, checkpoint):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def number(kind, low, high):
-    """The type of a flag: an int or a float from low to high."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-    parse.__name__ = f"number from {low} to {high}"  # argparse shows it
-    return parse
-
-
 def strides(text):
-    return tuple(number(int, 1, 5)(part) for part in text.split(","))
+    return tuple(number(int, 1, 3)(part) for part in text.split(","))
 
 
 COUNT, COUNT_OR_0, SIZE, SHARE = number(int, 1, 1e9), number(int, 0, 1e9), number(int, 1, 4096), number(float, 0, 1)
-DEVICES = ["cuda"] * torch.cuda.is_available() + ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choices, meaning
     "task": ("object_discovery", list(MODELS), "what to learn"),
     "data": (None, list(data.DATA), "the experiment; without it the demo: --data tetrominoes --small"),
@@ -265,7 +263,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "learned_queries": (False, bool, "a mean of its own for the initial state of each slot"),
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
-    "encoder_strides": ((1, 1, 1, 1), strides, "stride of each convolution of the encoder"),
+    "encoder_strides": ((1, 1, 1, 1), strides, "stride of each convolution of the encoder, as 1,2,2,1"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), strides, "stride of each transposed convolution of the decoder"),
     "decoder_kernel": (5, [3, 5], "size of their kernels"),
@@ -280,17 +278,17 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "muon": (False, bool, "Muon for the hidden layers' matrices, in place of Adam, and a linear decay to 0"),
     "lr": (4e-4, number(float, 1e-12, 1e12), "learning rate of Adam; Muon's is 10 times this"),
     "warmup": (10_000, COUNT_OR_0, "steps until the learning rate is reached"),
-    "decay_steps": (100_000, COUNT, "the steps in which the learning rate halves, smoothly"),
+    "decay_steps": (100_000, COUNT, "the learning rate halves over this many steps, smoothly"),
     "beta2": (0.999, number(float, 0, 0.999999), "Adam's decay of the squared gradients"),
     "clip": (0.0, number(float, 0, 1e12), "largest norm of the gradient; 0: any"),
     "slot_loss": (0.0, SHARE, "weight of the slots' own errors in the loss, see compute_loss"),
-    "slot_loss_from": (0, COUNT_OR_0, "the step that it starts from: first slots must find the objects"),
+    "slot_loss_from": (0, COUNT_OR_0, "the step from which it counts: slots must find objects first"),
     "eval_every": (5_000, COUNT, "steps between evaluations"),
     "log_every": (10, COUNT, "steps between lines of the log"),
-    "accumulate": (1, COUNT, "parts that a batch is taken in: less memory, the same gradient"),
+    "accumulate": (1, COUNT, "take each batch in this many parts: less memory, the same gradient"),
     "compile": (True, bool, "torch.compile, on CUDA"),
     "device": (DEVICES[0], DEVICES, "where to train"),
-    "dtype": ("auto", ["auto", "float32", "bfloat16"], "auto: bfloat16 where the hardware multiplies in it"),
+    "dtype": ("auto", ["auto", "float32", "bfloat16"], "auto: bfloat16 where the hardware has it"),
     "data_root": ("data", str, "where the real files and the caches are"),
 }
 FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), max_objects=10,
@@ -323,8 +321,8 @@ EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs fro
 
 
 def open_log(out, text):
-    """Opens a run's log, which no other process can meanwhile, and writes its text anew: what a killed run has logged
-    since its checkpoint is not in it."""
+    """Opens and locks a run's log, and writes it anew from the checkpoint's text: a killed run may have logged steps
+    that it did not save."""
     if RANK > 0:
         return open(os.devnull, "wb")
     out.mkdir(parents=True, exist_ok=True)
@@ -373,8 +371,8 @@ def catch_signals():
 
 
 def set_up(config, checkpoint=None):
-    """-> this process's device and dtype; the model, the same as training calls it, and its optimizer. Under torchrun
-    it meets the other processes, and each has a GPU of its own."""
+    """-> device, dtype, the model, the model as training calls it (compiled on CUDA), its optimizer. Under torchrun the
+    process meets the others, and has a GPU of its own."""
     device = torch.device(f"cuda:{LOCAL_RANK}" if config.device == "cuda" else config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -382,7 +380,7 @@ def set_up(config, checkpoint=None):
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.benchmark_limit = 0  # try all algorithms
     with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
-        libc = ctypes.CDLL("libc.so.6")  # Linux clears new pages for every large tensor, an eighth of a step on a CPU:
+        libc = ctypes.CDLL("libc.so.6")  # which maps new pages for each large tensor: clearing them is 1/8 of a step
         libc.mallopt(-4, 0)   # M_MMAP_MAX: take all from the heap,
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and keep what is freed
     if WORLD_SIZE > 1:  # the timeout: the others wait while the first evaluates
@@ -391,13 +389,15 @@ def set_up(config, checkpoint=None):
     dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with one_line_errors():
         model = load_model({**checkpoint, "config": vars(config)}) if checkpoint else build_model(vars(config))
-    # The layout of the weights decides that of the maps: what convolutions are fastest in.
+    # The weights' layout decides that of the maps: the fastest for convolutions.
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
     optimizer = make_optimizer(model, config)
     if checkpoint and "optimizer" in checkpoint:  # its settings are the config's
         state = checkpoint["optimizer"]["state"]
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for parameter, state in optimizer.state.items():  # in the parameters' layout, which a dtype may have changed
+            state.update({key: torch.empty_like(parameter).copy_(value) for key, value in state.items() if value.dim()})
     return device, dtype, model, forward, optimizer
 
 
@@ -423,15 +423,17 @@ def benchmark(config):
     times = []
     for step, parts in zip(range(13 * every), batches(config, scenes, 0, device)):
         train_step(forward, optimizer, parts, config, step, dtype)
-        if step % every == every - 1:  # a GPU works on while Python is ahead
+        if step % every == every - 1:  # waiting after every step would stop Python from working ahead of a GPU
             getattr(torch, device.type).synchronize()
             times.append(time.perf_counter())
     ms = [1e3 * (end - start) / every for start, end in zip(times[2:], times[3:])]
-    print(json.dumps({"data": config.data, "task": config.task, "batch_size": config.batch_size, "device": str(device),
-                      "processes": WORLD_SIZE, "threads": torch.get_num_threads(), "dtype": str(dtype)[6:],
-                      "images_per_s": round(1e3 * config.batch_size / statistics.median(ms), 2),
-                      "ms": [round(f(ms), 2) for f in (statistics.median, min, max)],
-                      "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}))
+    if RANK == 0:
+        print(json.dumps({"data": config.data, "task": config.task, "batch_size": config.batch_size,
+                          "device": str(device), "processes": WORLD_SIZE, "threads": torch.get_num_threads(),
+                          "dtype": str(dtype).removeprefix("torch."),
+                          "ms": [round(f(ms), 2) for f in (statistics.median, min, max)],
+                          "images_per_s": round(1e3 * config.batch_size / statistics.median(ms), 2),
+                          "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}))
 
 
 def make_parser():
@@ -441,7 +443,7 @@ def make_parser():
     mode.add_argument("--resume", metavar="RUN", help="go on with this run")
     mode.add_argument("--eval", metavar="RUN", help="evaluate this run, or a file of weights")
     mode.add_argument("--benchmark", action="store_true", help="time the training step: one line of JSON")
-    mode.add_argument("--out", help="the run's folder; runs/NAME or the next free name if not given")
+    mode.add_argument("--out", help="the run's folder; runs/DATA if not given")
     parser.add_argument("--small", action="store_true", help="a small model and a short schedule, for a CPU")
     for key, (value, kind, text) in DEFAULTS.items():
         how = {"choices": kind, "type": type(kind[0])} if isinstance(kind, list) else {"type": kind}
@@ -459,7 +461,8 @@ def parse(argv):
     if run:
         with one_line_errors():
             checkpoint = visualize.read_checkpoint(run)
-        parser.set_defaults(**{**checkpoint["config"], "device": DEVICES[0]})  # another machine may go on
+        device = checkpoint["config"].get("device")
+        parser.set_defaults(**{**checkpoint["config"], "device": device if device in DEVICES else DEVICES[0]})
     elif experiment in EXPERIMENTS:
         paper, small = EXPERIMENTS[experiment]
         parser.set_defaults(**{**paper, **(small if args.small or not args.data else {}), "data": experiment[1]})
@@ -472,6 +475,8 @@ def parse(argv):
                      f"{config.accumulate} parts (--accumulate)")
     if config.task == "set_prediction" and config.num_slots > 16:
         parser.error("--num-slots: the matching of set prediction takes 16 at most")
+    if args.resume and config.muon != checkpoint["config"].get("muon", False):
+        parser.error("--muon cannot change when a run goes on")
     return args, config, checkpoint
 
 
@@ -481,11 +486,11 @@ def main(argv=None):
         return benchmark(config)
     if args.eval:
         return print_evaluation(config, checkpoint)
-    out = Path(args.resume or args.out or f"runs/{args.data or 'demo'}")
+    out = Path(args.resume or args.out or f"runs/{config.data}")
     with one_line_errors():
         if args.resume and not (out.is_dir() and "optimizer" in checkpoint):
             raise ValueError(f"--resume goes on with a run's folder; {out} is to draw and to evaluate")
-        if not args.resume and (out / "checkpoint.pt").exists():
+        if RANK == 0 and not args.resume and (out / "checkpoint.pt").exists():
             raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
     train(config, out, checkpoint)
     if RANK == 0:

@@ -28,7 +28,7 @@ from matplotlib.animation import PillowWriter  # noqa: E402
 
 DEMO = Path(__file__).resolve().parent / "assets" / "demo.pt"
 TAB20 = plt.get_cmap("tab20").colors
-# The slots', the same in every figure: strong colours, then their lighter twins, without the greys; then again.
+# The slots' colours in every figure: strong ones, then their lighter twins, no greys; then again.
 COLORS = torch.tensor([color for color in TAB20[::2] + TAB20[1::2] if len(set(color)) > 1]).repeat(9, 1)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,13 +126,13 @@ def figure_set_prediction(images, output, target=None):
         scenes = torch.arange(len(pred))[:, None]
         matched[scenes, cols] = target[scenes, rows]
 
-    def place(coords):  # [..., 3] as predicted -> column and row in the squashed picture, of CLEVR's mean camera
+    def place(coords):  # [..., 3] as predicted -> column and row in the resized picture, seen from CLEVR's mean camera
         return data.project((6 * coords - 3).numpy())[..., :2] * size / (480, 320)
 
     figure, axes = plt.subplots(len(images), K + 1, squeeze=False, figsize=(1.3 * K + 2.6, 2.3 * len(images)),
                                 width_ratios=[2] + K * [1], layout="constrained")
-    figure.suptitle("Where each slot sees its object, its attention, what it predicts. Rings: true places; ✓ all four "
-                    "attributes right and nearer than 1; ✗ not so; – no object", fontsize=10)
+    figure.suptitle("Where each slot sees its object, its attention, what it predicts. Rings: true places; ✓ nearer than "
+                    "1, and all attributes right; ✗ not so; – no object", fontsize=10)
     for i, (whole, *row) in enumerate(axes):
         whole.imshow(to_rgb(images[i]).numpy())
         if target is not None:
@@ -185,6 +185,17 @@ def figure_curve(logs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def number(kind, low, high):
+    """The type of a flag: an int or a float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+    parse.__name__ = f"number from {low} to {high}"  # argparse shows it
+    return parse
+
+
 def read_checkpoint(run):
     """A run's folder or a file of weights -> its checkpoint. Raises OSError or ValueError."""
     path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
@@ -233,6 +244,8 @@ def make_figure(args, runs):
         checkpoint = read_checkpoint(run)
         model, config, target = load_model(checkpoint), checkpoint["config"], None
         if args.figure == "clip":
+            if (config["task"], config["resolution"]) != ("object_discovery", 35):
+                raise ValueError(f"--figure clip shows Tetrominoes of 35 x 35, which {run} is not for")
             clip = data.Scenes(data.make_moving_tetrominoes(args.count or 8, args.seed))
             images = clip.batch(torch.arange(len(clip)))["image"]
         elif args.images:
@@ -267,12 +280,12 @@ def main(argv=None):
     parser.add_argument("run", nargs="*", help="runs' folders, or files of weights; the newest run if not given")
     parser.add_argument("--figure", choices=("a", "b", "c", "abc", "curve", "clip"), default="abc",
                         help="parts of Figure 3 (abc), the training curve, or slots carried through a clip")
-    parser.add_argument("--count", type=int, help="held-out scenes (4), or frames of the clip (8)")
+    parser.add_argument("--count", type=number(int, 1, 100), help="held-out scenes (4), or frames of the clip (8)")
     parser.add_argument("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
-    parser.add_argument("--num-slots", type=int, help="other than in training")
-    parser.add_argument("--num-iterations", type=int, help="other than in training")
+    parser.add_argument("--num-slots", type=number(int, 1, 100), help="other than in training")
+    parser.add_argument("--num-iterations", type=number(int, 1, 100), help="other than in training")
     parser.add_argument("--data-root", help="where the real files are, if not where training found them")
-    parser.add_argument("--seed", type=int, default=0, help="of the slots' initial noise")
+    parser.add_argument("--seed", type=number(int, 0, 1e9), default=0, help="of the slots' initial noise")
     parser.add_argument("--out", help="the picture, animated if .gif; else figure.png in the run's folder, or here")
     args = parser.parse_args(argv)
     newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)[-1:]
