@@ -530,7 +530,7 @@ def make_multi_dsprites(count, seed):
     positions), the later over the earlier, on grey. The same (count, seed) gives the same scenes.
 
     -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; shape (1 square, 2 ellipse, 3
-    heart), scale, orientation (radians), x, y (0 to 1), visibility, all [n, 6], 0 where none is; color [n, 6, 3] (0 to 1)."""
+    heart), scale, orientation (radians), x, y (0 to 1), visibility, all [n, 6]; color [n, 6, 3] (RGB, 0 to 1)."""
     rng = np.random.default_rng(seed)
     there = np.arange(5) < rng.integers(2, 6, (count, 1))                                 # [n, 5]
     shape, scale, turn, row, col = (rng.integers(size, size=(count, 5)) for size in (3, 6, 40, 32, 32))

@@ -711,7 +711,8 @@ def test_figures_of_all_kinds(capsys):
         visualize.main(flags.split())
         assert Path(capsys.readouterr().err.split()[-1]).stat().st_size > 5_000
     assert Image.open("a.gif").n_frames == 3
-    for flags, message in [(f"{demo} --figure curve", "log"), (f"{demo} --out nowhere/a.png", "nowhere"), (f"{demo} --out a.xyz", "xyz"),
+    for flags, message in [(f"{demo} --figure curve", "log"), (f"{demo} --out nowhere/a.png", "nowhere"),
+                           (f"{demo} --out a.xyz", "xyz"),
                            ("typo", "typo"), (f"{demo} --num-slots x", "--num-slots")]:
         assert message in refused(capsys, visualize.main, flags), flags
         assert not list(Path().rglob("part-*")), flags

@@ -131,8 +131,8 @@ def figure_set_prediction(images, output, target=None):
 
     figure, axes = plt.subplots(len(images), K + 1, squeeze=False, figsize=(1.3 * K + 2.6, 2.3 * len(images)),
                                 width_ratios=[2] + K * [1], layout="constrained")
-    figure.suptitle("Where each slot sees its object, its attention, what it predicts. Rings: true places; ✓ nearer than "
-                    "1, and all attributes right; ✗ not so; – no object", fontsize=10)
+    figure.suptitle("Where each slot sees its object, its attention, what it predicts. Rings: true places; ✓ nearer "
+                    "than 1, and all attributes right; ✗ not so; – no object", fontsize=10)
     for i, (whole, *row) in enumerate(axes):
         whole.imshow(to_rgb(images[i]).numpy())
         if target is not None:
