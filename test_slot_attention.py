@@ -77,8 +77,7 @@ def official_shape(name):
 
 
 def official_case(task, num_slots):
-    """Weights {official name: array}, image [2, 3, 128, 128] and noise [2, K, 64], redrawn as for the
-    official code."""
+    """-> what the official code gave, and what it got: weights {name: array}, image and noise."""
     case, rng, weights = golden(task), np.random.RandomState(0), {}
     for name, sums in zip(case["names"].tolist(), case["sums"]):
         shape = official_shape(name)
@@ -99,8 +98,7 @@ def official_case(task, num_slots):
 
 
 def check_gradients(model, case):
-    """The L2 norm of each official variable's gradient. Its parameters here are found by loading the
-    variables' numbers into another model."""
+    """The norm of each official variable's gradient. Loading their numbers tells whose a parameter is."""
     names = case["names"].tolist()
     numbers = {name: np.full(official_shape(name), i, np.float32) for i, name in enumerate(names)}
     marked, norms = type(model)(128, model.slot_attention.num_slots), np.zeros(len(names))
@@ -310,8 +308,7 @@ def test_first_convolution_by_linearity_is_the_convolution(size):
 
 
 def test_models_compile_whole():
-    """torch.compile traces each model as one graph, under autocast: what a GPU runs. (Its code generator
-    is left out: it takes minutes on a CPU.)"""
+    """torch.compile traces each model as one graph, under autocast: what a GPU runs."""
     image, init, small = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8), dict(slot_dim=8, encoder_channels=8)
     for model in (sa.SlotAttentionAutoEncoder(16, 3, 2, **small, decoder_channels=8, decoder_strides=(1, 2)),
                   sa.SlotAttentionClassifier(16, 3, 2, **small, implicit=True)):
@@ -410,6 +407,9 @@ def test_masks_and_images_are_cropped_alike():
         assert_array_equal(batch["label"], expected["mask"][index, :, 29:221, 64:256, 0].argmax(1))
         assert_array_equal(batch["target"][:, :, 18].sum(1), objects[index])
     assert_array_equal(data.resize(batch["label"][0].numpy(), 96), batch["label"][0, 1::2, 1::2])  # the nearest
+    picture = np.random.default_rng(0).integers(256, size=(320, 480, 3), dtype=np.uint8)  # of CLEVR_v1.0's size
+    assert_array_equal(data.resize(picture, 288, "paper"), picture[24:312, 96:384])
+    assert_array_equal(data.resize(picture, 192, "official"), picture[29:221, 64:256])
     cache, = Path("cache").glob("*.pt")
     for written, stays in ((2e9, True), (1, False)):  # newer and older than the file that it was made of
         os.utime(cache, (written, written))
