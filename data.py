@@ -245,8 +245,11 @@ def parse_example(record):
     for entry in protobuf(protobuf(memoryview(record))[1][0])[1]:
         entry = protobuf(entry)
         name, feature = bytes(entry[1][0]).decode(), protobuf(entry[2][0])
-        if 1 in feature:  # a BytesList of single bytes, each a message of its own: its tag, its length 1, the byte
-            scene[name] = np.frombuffer(feature[1][0], np.uint8)[2::3]
+        if 1 in feature:  # a BytesList of single bytes, each a message of its own: field 1, length 1, the byte
+            array = np.frombuffer(feature[1][0], np.uint8).reshape(-1, 3)
+            if (array[:, :2] != (10, 1)).any():
+                raise ValueError("its byte strings are not single bytes")
+            scene[name] = array[:, 2]
         else:
             scene[name] = np.frombuffer(protobuf(feature[2][0])[1][0], "<f4")
     return scene
@@ -529,8 +532,8 @@ def make_multi_dsprites(count, seed):
     """Scenes after DeepMind's Multi-dSprites, colored_on_grayscale: 2 to 5 sprites (6 scales, 40 orientations, 32 x 32
     positions), the later over the earlier, on grey. The same (count, seed) gives the same scenes.
 
-    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; shape (1 square, 2 ellipse, 3
-    heart), scale, orientation (radians), x, y (0 to 1), visibility, all [n, 6]; color [n, 6, 3] (RGB, 0 to 1)."""
+    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; factors [n, 6], padded with zeros:
+    shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians), x, y (0 to 1), visibility; color [n, 6, 3]."""
     rng = np.random.default_rng(seed)
     there = np.arange(5) < rng.integers(2, 6, (count, 1))                                 # [n, 5]
     shape, scale, turn, row, col = (rng.integers(size, size=(count, 5)) for size in (3, 6, 40, 32, 32))
@@ -584,8 +587,7 @@ def camera_axes(camera):
 
 
 def project(points, camera=CLEVR_CAMERA):
-    """CLEVR's 3d_coords [..., 3] -> column, row (in the 480 x 320 frame) and depth [..., 3], as a camera [3] sees them;
-    for the mean camera the error in CLEVR_v1.0 is a few pixels."""
+    """CLEVR's 3d_coords [..., 3] -> column, row (in the 480 x 320 frame), depth [..., 3], seen from `camera` [3]."""
     view = (points - camera) @ camera_axes(camera).T
     return np.concatenate([view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160), view[..., 2:]], -1)
 
