@@ -558,7 +558,7 @@ def refused(capsys, main, flags):
 
 
 def test_training_repeats_resumes_draws_and_evaluates(capsys):
-    flags = f"{TINY} --no-muon"  # whose decay ends at --steps: 3 and then 6 are not 6
+    flags = f"{TINY} --learned-queries --no-muon"  # whose decay ends at --steps: 3 and then 6 are not 6
     train.main(f"{flags} --out whole".split())
     run(f"{flags} --out again")
     run(f"{flags} --steps 3 --out parts")

@@ -388,7 +388,11 @@ def set_up(config, checkpoint=None):
     dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
     dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     with one_line_errors():
-        model = load_model({**checkpoint, "config": vars(config)}) if checkpoint else build_model(vars(config))
+        if checkpoint:  # learned queries are as many as in training; a call may ask for other slots
+            model_config = {**vars(config), "num_slots": checkpoint["config"].get("num_slots")}
+            model = load_model({**checkpoint, "config": model_config})
+        else:
+            model = build_model(vars(config))
     # The weights' layout decides that of the maps: the fastest for convolutions.
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
