@@ -386,8 +386,8 @@ def reading(path):
     except Exception as error:  # PIL, torch and zipfile have many ways to say it
         if isinstance(error, OSError) and error.filename:  # missing, or not to be read
             raise
-        raise ValueError(f"{path} is damaged, cut short or another kind of file ({error!r:.100}); if it is a cache, "
-                         "delete it, and it will be built again") from None
+        raise ValueError(f"{path} is damaged or of another kind ({error!r:.100}); a cache is built again once it is "
+                         "deleted") from None
 
 
 def read_file(path, mmap=False):

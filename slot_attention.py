@@ -1,11 +1,10 @@
 """Slot Attention in PyTorch: "Object-Centric Learning with Slot Attention", Locatello et al., NeurIPS 2020.
 
-It computes what the official TensorFlow code computes: outputs, losses and gradients. Section and equation numbers are
-those of the paper, https://arxiv.org/abs/2006.15055. Shapes are written in its symbols:
+Outputs, losses and gradients equal those of the official TensorFlow code. Section and equation numbers, and the symbols
+in shapes, are the paper's, https://arxiv.org/abs/2006.15055:
 
-    B  images in a batch    N  input features, h * w of the encoder's grid      D  size of a slot (D_in: of an input)
-    K  slots                T  iterations of attention                          H, W  size of an image (h, w: of a grid)
-"""
+    B  images in a batch    N  input features, h * w of the encoder's grid   D  size of a slot (D_in: of an input)
+    K  slots                T  iterations of attention                       H, W  size of an image (h, w: of a grid)"""
 
 import functools
 import inspect
@@ -14,7 +13,6 @@ import re
 from itertools import combinations
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -69,9 +67,8 @@ class SlotAttention(nn.Module):
         return mu + self.slots_log_sigma.exp() * noise
 
     def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):
-        """inputs [B, N, D_in], initial slots [B, K, D] (random if not given) -> slots [B, K, D], attn [B, T, K, N].
-
-        attn is each iteration's softmax over the slots, before it is normalised over the inputs."""
+        """inputs [B, N, D_in], initial slots [B, K, D] (random if not given) -> slots [B, K, D], attn [B, T, K, N],
+        which is each iteration's softmax over the slots, before it is normalised over the inputs."""
         inputs = self.norm_inputs(inputs)                                     # [B, N, D_in]
         k, v = self.project_k(inputs), self.project_v(inputs)                 # [B, N, D]
         if slots is None:
@@ -102,7 +99,6 @@ class SlotAttention(nn.Module):
 
 class Decomposition(NamedTuple):
     """Images taken apart. Pictures are in [-1, 1] as the images, not clipped; masks sum to 1 over the slots."""
-
     recon_combined: torch.Tensor  # [B, 3, H, W]
     recons: torch.Tensor          # [B, K, 3, H, W]
     masks: torch.Tensor           # [B, K, 1, H, W]
@@ -113,9 +109,8 @@ class Decomposition(NamedTuple):
 class SlotAttentionAutoEncoder(nn.Module):
     """Object discovery (section 2.2): image -> slots -> a picture and a mask of each slot -> their sum.
 
-    The defaults are the paper's CLEVR6 model (resolution 128; 890,308 parameters with any K). For Multi-dSprites (64)
-    and Tetrominoes (35): encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1).
-    resolution: (H, W), or one number for both."""
+    resolution: (H, W), or one number for both. The defaults are the paper's for CLEVR6 (128; 890,308 parameters); for
+    Multi-dSprites (64) and Tetrominoes (35): encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1)."""
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
                  learned_queries=False, encoder_channels=64, encoder_strides=(1, 1, 1, 1),
@@ -175,17 +170,15 @@ class SlotAttentionClassifier(nn.Module):
 
 
 class Encoder(nn.Module):
-    """CNN, position embedding, LayerNorm, MLP (appendix E): image [B, 3, H, W] -> features [B, N, D], N = h * w.
-
-    resolution: (H, W). strides: one 5x5 convolution each. grid_size: (h, w)."""
+    """A CNN with a 5x5 convolution for each of the strides, position embedding, LayerNorm, MLP (appendix E):
+    image [B, 3, H, W] -> features [B, N, D], N = h * w."""
 
     def __init__(self, resolution, channels, strides, dim):
         super().__init__()
-        layers, channels_in, self.grid_size = [], 3, resolution
+        self.grid_size = tuple(math.ceil(size / math.prod(strides)) for size in resolution)
+        layers = []
         for stride in strides:
-            layers += [Conv2dSame(channels_in, channels, 5, stride), nn.ReLU()]
-            channels_in = channels
-            self.grid_size = tuple(math.ceil(size / stride) for size in self.grid_size)
+            layers += [Conv2dSame(channels if layers else 3, channels, 5, stride), nn.ReLU()]
         self.cnn = nn.Sequential(*layers)
         self.pos = SoftPositionEmbed(channels, self.grid_size)
         self.layer_norm = nn.LayerNorm(channels, eps=1e-3)
@@ -199,17 +192,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Spatial broadcast decoder (section 2.2, appendix E): each slot alone is copied to every cell of a grid, gets a
-    position embedding, and is decoded to a picture and a mask logit: slots [M, D] -> [M, 4, H, W], M = B * K.
-
-    strides: one transposed convolution each (at stride 1 that is a convolution with the kernel flipped), then a 3x3
-    one. pixel_shuffle r: each cell of the last map becomes r x r pixels (not in the paper; fast on CPUs)."""
+    """Spatial broadcast decoder (section 2.2, appendix E): slots [M, D] -> picture, mask logit [M, 4, H, W], M = B * K.
+    Each slot alone is copied to every cell of a grid and gets a position embedding. strides: one transposed convolution
+    each (at stride 1 that is a convolution with the kernel flipped), then a 3x3 one. pixel_shuffle r: each cell of the
+    last map becomes r x r pixels (not in the paper; fast on CPUs)."""
 
     def __init__(self, resolution, dim, channels, strides, kernel_size=5, pixel_shuffle=1):
         super().__init__()
         self.resolution = resolution
-        scale = math.prod(strides) * pixel_shuffle
-        self.grid_size = tuple(math.ceil(size / scale) for size in resolution)
+        self.grid_size = tuple(math.ceil(size / (math.prod(strides) * pixel_shuffle)) for size in resolution)
         self.pos = SoftPositionEmbed(dim, self.grid_size)
         layers = []
         for stride in strides:
@@ -261,7 +252,7 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
         k, stride = self.kernel_size[0], self.stride[0]
         y = F.conv_transpose2d(x, self.weight, None, stride, padding=(k - stride) // 2)
         y = y[:, :, :stride * x.shape[2], :stride * x.shape[3]]
-        return y + self.bias.view(-1, 1, 1)                                   # apart: oneDNN's gradient of it is slow
+        return y + self.bias.to(y.dtype).view(-1, 1, 1)                       # apart: oneDNN's gradient of it is slow
 
 
 class SoftPositionEmbed(nn.Module):
@@ -295,31 +286,26 @@ def keras_init(module):
 
 
 def adjusted_rand_index(true_mask, pred_mask):
-    """Adjusted Rand index of two segmentations (section 4.1), as DeepMind's multi_object_datasets computes it.
+    """Adjusted Rand index (section 4.1), as in DeepMind's multi_object_datasets but 1 where that is NaN (0/0).
 
     true_mask [B, P, Gt]: one-hot, 0/1 or 0/255; points (pixels) of all zeros are ignored, so drop the background's
-    group for FG-ARI. pred_mask [B, P, Gp]: any scores; a point belongs to the largest. -> [B], 1 = equal, 0 = chance.
-    Where DeepMind's code gives NaN (0/0), this gives 1."""
-    groups = true_mask.shape[2], pred_mask.shape[2]
-    cell = true_mask.argmax(dim=2) * groups[1] + pred_mask.argmax(dim=2)                 # [B, P], in the flattened n_ij
-    n_ij = torch.zeros(len(cell), groups[0] * groups[1], dtype=torch.int64, device=cell.device)
-    n_ij.scatter_add_(1, cell, (true_mask > 0).any(dim=2).long())
-    n_ij = n_ij.view(-1, *groups)                                                        # [B, Gt, Gp]
-
-    def pairs(count):  # ordered pairs of points in one group
-        return (count * (count - 1)).flatten(1).sum(dim=1).float()
-
-    a, b, n = pairs(n_ij.sum(dim=2)), pairs(n_ij.sum(dim=1)), pairs(n_ij.sum(dim=(1, 2))[:, None])       # [B]
+    group for FG-ARI. pred_mask [B, P, Gp]: scores; a point belongs to the largest. -> [B], 1 = equal, 0 = chance."""
+    n_ij = pred_mask.new_zeros(len(true_mask), true_mask.shape[2], pred_mask.shape[2], dtype=torch.int64)
+    image = torch.arange(len(n_ij), device=n_ij.device)[:, None]
+    counted = (true_mask > 0).any(dim=2).long()                               # [B, P]
+    n_ij.index_put_((image, true_mask.argmax(dim=2), pred_mask.argmax(dim=2)), counted, accumulate=True)   # [B, Gt, Gp]
+    counts = n_ij, n_ij.sum(dim=2), n_ij.sum(dim=1), n_ij.sum(dim=(1, 2))[:, None]
+    # ordered pairs of points that share a group: in both segmentations, in the true, in the predicted; and all pairs
+    both, a, b, n = ((count * (count - 1)).flatten(1).sum(dim=1).float() for count in counts)            # [B]
     expected = a * (b / n.clamp(min=1))
     maximum = (a + b) / 2
-    return torch.where(maximum == expected, 1.0, (pairs(n_ij) - expected) / (maximum - expected))
+    return torch.where(maximum == expected, 1.0, (both - expected) / (maximum - expected))
 
 
 def minimum_cost_matching(cost):
-    """The exact minimum-cost assignment, as scipy.optimize.linear_sum_assignment, but of a whole batch on its device.
-
-    cost [B, n, m] -> rows, cols [B, min(n, m)], rows in ascending order. A dynamic programme: best[S] is the least cost
-    of matching the first |S| rows to the set S of columns. It takes 2^max(n, m) steps: ValueError above 16."""
+    """scipy.optimize.linear_sum_assignment of a whole batch: cost [B, n, m] -> rows (ascending), cols [B, min(n, m)].
+    A dynamic programme: best[S] is the least cost of matching the first |S| rows to the set S of columns. It takes
+    2^max(n, m) steps: ValueError above 16."""
     n, m = cost.shape[1:]
     if n > m:
         cols, rows = minimum_cost_matching(cost.transpose(1, 2))
@@ -329,18 +315,17 @@ def minimum_cost_matching(cost):
         raise ValueError(f"matching takes 16 elements at most, not {m}")
     cost = cost.detach().float().permute(1, 2, 0).contiguous()                # [n, m, B]
     best = cost.new_zeros(2 ** m, cost.shape[2])                              # [2^m, B]
-    choice = torch.zeros(2 ** m, cost.shape[2], dtype=torch.int64, device=cost.device)
+    choice = torch.zeros_like(best, dtype=torch.int64)                        # the last row's column in that matching
     for row in range(n):
         subsets, members = subsets_of(m, row + 1, cost.device)                # [L], [L, row + 1]
         options = best[subsets[:, None] - (1 << members)] + cost[row, members]               # [L, row + 1, B]
         best[subsets], chosen = options.min(dim=1)
         choice[subsets] = members.gather(1, chosen)
     subset = subsets[best[subsets].argmin(dim=0)]                             # [B]: of n columns, the cheapest
-    cols = []
-    for row in range(n):                                                      # from the last row back to the first
-        cols.append(choice.gather(0, subset[None])[0])
-        subset = subset - (1 << cols[-1])
-    cols = torch.stack(cols[::-1], dim=1)
+    cols = subset.new_empty(len(subset), n)                                   # [B, n]
+    for row in reversed(range(n)):
+        cols[:, row] = choice.gather(0, subset[None])[0]
+        subset = subset - (1 << cols[:, row])
     return torch.arange(n, device=cost.device).expand_as(cols), cols
 
 
@@ -355,37 +340,34 @@ def hungarian_huber_loss(pred, target):
     """The set prediction loss (section 2.3): Huber (delta 1, mean over the features) between each target and the
     prediction that the cheapest matching gives it, summed over the set, averaged over the batch.
 
-    pred [B, K, F], target [B, M, F] -> scalar. Padding (rows of zeros) is matched and costs like any target;
-    predictions in excess are free."""
+    pred [B, K, F], target [B, M, F] -> scalar. Padding (rows of zeros) is a target too; spare predictions are free."""
     cost = F.huber_loss(*torch.broadcast_tensors(pred[:, None], target[:, :, None]), reduction="none").mean(dim=3)
     rows, cols = minimum_cost_matching(cost)                                  # cost [B, M, K]; both [B, min(M, K)]
     return cost[torch.arange(len(cost), device=cost.device)[:, None], rows, cols].sum(dim=1).mean()
 
 
 def average_precision_clevr(pred, target, distance_threshold=math.inf):
-    """Average precision of predicted CLEVR objects (section 4.2), over a whole evaluation set at once.
+    """Average precision of predicted CLEVR objects (section 4.2), over a whole evaluation set at once: in order of
+    falling confidence (the last feature) each prediction claims the nearest real object of its image with equal size,
+    material, shape and colour. It is a hit if it is nearer than the threshold and the first to claim that object.
 
-    pred [B, K, 19], target [B, M, 19] (see SlotAttentionClassifier); distance_threshold in CLEVR's units (coordinates
-    from -3 to 3). -> float, NaN without real objects. In order of falling confidence (the last feature) each prediction
-    takes the nearest real object of its image with equal size, material, shape and colour: a hit, if it is nearer than
-    the threshold and not taken before. There is no second choice."""
-    same = target[:, None, :, 18] > 0.5                                       # [B, 1, M], real objects
+    pred [B, K, 19], target [B, M, 19], a threshold in CLEVR's units (-3 to 3) -> float, NaN without real objects."""
+    order = pred[..., 18].argsort(dim=1, descending=True, stable=True)
+    pred = pred.gather(1, order[..., None].expand_as(pred))                   # the most confident of an image first
+    real = target[..., 18] > 0.5                                              # [B, M]
+    same = real[:, None]
     for start, end in ((3, 5), (5, 7), (7, 10), (10, 18)):                    # of equal size, material, shape, colour
         same = same & (pred[:, :, None, start:end].argmax(-1) == target[:, None, :, start:end].argmax(-1))  # [B, K, M]
     distance = 6 * (pred[:, :, None, :3] - target[:, None, :, :3]).norm(dim=-1)
-    distance, nearest = torch.where(same, distance, math.inf).min(dim=2)      # [B, K]
+    distance, nearest = torch.where(same, distance, math.inf).min(dim=2, keepdim=True)                   # [B, K, 1]
+    claims = torch.zeros_like(same).scatter(2, nearest, distance < distance_threshold)                   # [B, K, M]
+    hits = (claims & (claims.cumsum(dim=1) == 1)).any(dim=2)                  # [B, K]
 
     order = pred[..., 18].flatten().argsort(descending=True, stable=True)     # all predictions of all images, [B * K]
-    objects = nearest + target.shape[1] * torch.arange(len(pred), device=pred.device)[:, None]
-    objects, close = objects.flatten()[order], (distance < distance_threshold).flatten()[order]
-    rank = torch.arange(len(order), device=pred.device)
-    taken_by = torch.full((len(pred) * target.shape[1],), len(order), device=pred.device)   # the first rank, if any
-    taken_by.scatter_reduce_(0, objects[close], rank[close], "amin")
-    hits = (close & (taken_by[objects] == rank)).double().cumsum(0)
-
-    recall = hits / (target[..., 18] > 0.5).sum()
-    precision = (hits / (rank + 1)).flip(0).cummax(0).values.flip(0)          # the best at this or a higher recall
-    return (recall.diff(prepend=recall.new_zeros(1)) * precision).sum().item()
+    hits = hits.flatten()[order].double()
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device)
+    precision = precision.flip(0).cummax(0).values.flip(0)                    # the best at this or a higher recall
+    return ((hits * precision).sum() / real.sum()).item()                     # a hit adds 1 / real.sum() to the recall
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,8 +384,7 @@ def build_model(config):
 
 
 def load_model(checkpoint):
-    """The model of a run's checkpoint or of a file of weights, a mapping with "config" and "model" as data.read_file
-    returns it. Raises ValueError for anything else."""
+    """A run's checkpoint or a file of weights, as data.read_file returns it -> its model. Else: ValueError."""
     try:
         model = build_model(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
@@ -414,44 +395,36 @@ def load_model(checkpoint):
 
 
 def load_official_weights(model, variables):
-    """Loads the official TensorFlow variables into a SlotAttentionAutoEncoder or SlotAttentionClassifier.
+    """Loads the official TensorFlow weights into a model. If they are of another: ValueError, and nothing is loaded.
 
-    variables: a mapping from the checkpoint's keys ("network/layer_with_weights-0/slot_attention/slots_mu/.ATTRIBUTES/
-    VARIABLE_VALUE", or the part "slot_attention/slots_mu") to arrays: data.read_tf_checkpoint's, or an open .npz file.
-    Raises ValueError, and leaves the model as it was, if a variable is missing, in excess or of another shape."""
-    keys = {key.removeprefix("network/layer_with_weights-0/").removesuffix("/.ATTRIBUTES/VARIABLE_VALUE"): key
-            for key in variables}
-    arrays = {name: np.asarray(variables[key]) for name, key in keys.items()
-              if "/" in name and "optimizer" not in name.lower()}
-    state, used = {}, set()
-    for name, parameter in model.named_parameters():
-        layer, kind = name.rsplit(".", 1)
-        # encoder.cnn.2 -> encoder_cnn/layer_with_weights-1; encoder.mlp.0 -> mlp/layer_with_weights-0
-        path = re.sub(r"\.(\d+)$", lambda match: f"/layer_with_weights-{int(match[1]) // 2}", layer)
-        path = re.sub(r"^(encoder|decoder)\.(cnn|pos)", r"\1_\2", path).removeprefix("encoder.").replace(".", "/")
-        keras = {"weight": "kernel", "weight_ih": "kernel", "weight_hh": "recurrent_kernel", "bias_ih": "bias",
-                 "bias_hh": "bias"}
-        if isinstance(model.get_submodule(layer), nn.LayerNorm):
-            keras = {"weight": "gamma", "bias": "beta"}
-        official = f"{path}/{keras.get(kind, kind)}"
-        if official not in arrays:
-            raise ValueError(f"the official weights have no {official}: they are of another model")
-        array = arrays[official]
-        if kind in ("bias_ih", "bias_hh"):
-            array = array[("bias_ih", "bias_hh").index(kind)]
-        if path.endswith("gru"):
-            z, r, h = np.split(array, 3, axis=-1)                             # Keras' gates, in the last axis
-            array = np.concatenate([r, z, h], axis=-1).T                      # PyTorch's, in the first
-        elif kind == "weight" and array.ndim == 2:
-            array = array.T
-        elif array.ndim == 4:
-            array = array.transpose(3, 2, 0, 1)                               # [k, k, in, out] -> [out, in, k, k]
-            if layer.startswith("decoder") and isinstance(model.get_submodule(layer), Conv2dSame):
-                array = array.swapaxes(0, 1)[:, :, ::-1, ::-1]                # transposed there, not so here
-        if array.shape != parameter.shape:
-            raise ValueError(f"the official {official} does not fit {name}: it is of another model")
-        state[name] = torch.tensor(np.ascontiguousarray(array))
-        used.add(official)
-    if arrays.keys() - used:
-        raise ValueError(f"the model has no {min(arrays.keys() - used)}: the official weights are of another model")
+    variables: a mapping of the checkpoint's keys, or of their middle ("slot_attention/slots_mu"), to arrays."""
+    rules = {r"^network/layer_with_weights-0/|/\.ATTRIBUTES/VARIABLE_VALUE$": "",   # their names -> ours, in this order
+             r"layer_with_weights-(\d+)": lambda match: str(2 * int(match[1])),     # each second layer is a ReLU
+             r"^(encoder|decoder)_": r"\1.", r"^(mlp|layer_norm)/": r"encoder.\1.", "/": ".",
+             r"gru\.kernel": "gru.weight_ih", "recurrent_kernel": "weight_hh", "kernel|gamma": "weight", "beta": "bias"}
+    state, layers = {}, dict(model.named_modules())
+    for key in variables:
+        name = key
+        for pattern, replacement in rules.items():
+            name = re.sub(pattern, replacement, name)
+        if "." not in name or "optimizer" in name.lower():                    # the step, Adam's averages
+            continue
+        value = torch.tensor(variables[key])
+        if ".gru." in name:
+            z, r, h = value.chunk(3, dim=-1)                                  # Keras' order of the gates
+            value = torch.cat([r, z, h], dim=-1)                              # PyTorch's
+        if value.dim() == 4:
+            value = value.permute(3, 2, 0, 1)                                 # [k, k, in, out] -> [out, in, k, k]
+            if name.startswith("decoder") and isinstance(layers.get(name.removesuffix(".weight")), Conv2dSame):
+                value = value.transpose(0, 1).flip(2, 3)                      # transposed there, not so here
+        elif "weight" in name:
+            value = value.t()
+        state[name] = value
+    bias = "slot_attention.gru.bias"
+    if bias in state:                                                         # [2, 3 * D]
+        state[f"{bias}_ih"], state[f"{bias}_hh"] = state.pop(bias)
+    theirs = {(name, value.shape) for name, value in state.items()}
+    ours = {(name, parameter.shape) for name, parameter in model.named_parameters()}
+    if theirs != ours:
+        raise ValueError(f"the official weights are of another model: they differ in {min(theirs ^ ours)[0]}")
     model.load_state_dict(state)
