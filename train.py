@@ -235,6 +235,8 @@ def print_evaluation(config, checkpoint):
     device, dtype, model, *_ = set_up(config, checkpoint)
     with one_line_errors():
         scenes = load_scenes(config, "eval").to(device)
+    if RANK > 0:
+        return
     print(f"{len(scenes):,} held-out scenes of {scenes.source}, {config.num_slots} slots")
     for iterations in range(1, max(8, config.num_iterations) + 1):
         result = evaluate(model, config, scenes, device, dtype, iterations)
@@ -431,13 +433,14 @@ def benchmark(config):
             getattr(torch, device.type).synchronize()
             times.append(time.perf_counter())
     ms = [1e3 * (end - start) / every for start, end in zip(times[2:], times[3:])]
+    memory = round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else None
     if RANK == 0:
         print(json.dumps({"data": config.data, "task": config.task, "batch_size": config.batch_size,
                           "device": str(device), "processes": WORLD_SIZE, "threads": torch.get_num_threads(),
                           "dtype": str(dtype).removeprefix("torch."),
                           "ms": [round(f(ms), 2) for f in (statistics.median, min, max)],
                           "images_per_s": round(1e3 * config.batch_size / statistics.median(ms), 2),
-                          "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}))
+                          "peak_memory_gb": memory}))
 
 
 def make_parser():
