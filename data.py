@@ -24,9 +24,7 @@ try:
 except ImportError:  # Windows: there two processes can build one cache, or train into one folder, at a time
     fcntl = None
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scenes: what every dataset becomes, and the one way to a batch
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Scenes: what every dataset becomes, and the one way to a batch --------------------------------------------------
 
 
 class Scenes:
@@ -112,9 +110,7 @@ def choose(objects, split, train_count, count=None, min_objects=0, max_objects=1
     return index
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CLEVR
-# ---------------------------------------------------------------------------------------------------------------------
+# --- CLEVR -----------------------------------------------------------------------------------------------------------
 
 # Codes of clevr_with_masks, from 1 (0 = background or padding).
 CLEVR_CODES = {"size": ["large", "small"], "material": ["rubber", "metal"], "shape": ["sphere", "cylinder", "cube"],
@@ -187,9 +183,7 @@ def resize(picture, resolution, crop="none"):
     return x if picture.ndim == 3 else x[:, :, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# TensorFlow's file formats, without TensorFlow: TFRecord (DeepMind's multi_object_datasets) and checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
+# --- TensorFlow's file formats, without TensorFlow: TFRecord (DeepMind's multi_object_datasets) and checkpoint -------
 
 TFRECORDS = {  # name -> image [H, W, 3]; mask as stored; whether the entities come third there
     "tetrominoes": ((35, 35, 3), (4, 35, 35), False),
@@ -331,9 +325,7 @@ CRC_TABLE = list(range(256))
 for _ in range(8):
     CRC_TABLE = [crc >> 1 ^ 0x82F63B78 * (crc & 1) for crc in CRC_TABLE]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: whole or absent, and none runs code
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Files: whole or absent, and none runs code ----------------------------------------------------------------------
 
 
 def say(line, end="\n"):
@@ -361,6 +353,20 @@ def lock(file, wait=False):
     except OSError as error:
         return not isinstance(error, BlockingIOError)  # a file system may have no locks
     return True
+
+
+def open_log(path, text):
+    """Opens and locks a run's log, and writes it anew from its checkpoint's text: a killed run may have logged steps
+    that it did not save. Raises OSError, or ValueError where another process has it."""
+    if os.environ.get("RANK", "0") != "0":
+        return open(os.devnull, "wb")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    log = open(path, "ab", buffering=0)
+    if not lock(log):
+        raise ValueError(f"another process is training into {path.parent}/: wait for it, or choose another --out")
+    log.truncate(0)
+    log.write(text.encode())
+    return log
 
 
 @contextlib.contextmanager
@@ -434,9 +440,7 @@ def on_all_cores(function, jobs):
         torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generated scenes
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Generated scenes ------------------------------------------------------------------------------------------------
 
 GENERATORS = 2  # another number whenever they draw other scenes: it is in the names of their caches
 
@@ -560,9 +564,7 @@ def make_multi_dsprites(count, seed):
             **factors, "visibility": visibility.astype(float), "color": palette * visibility[..., None]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CLEVR look-alike, ray-cast
-# ---------------------------------------------------------------------------------------------------------------------
+# --- CLEVR look-alike, ray-cast --------------------------------------------------------------------------------------
 
 # By code; 0 is no object. A size is a radius, half a height, half a side; a color is linear albedo.
 CLEVR_SIZES = np.array([1, 0.7, 0.35], np.float32)

@@ -17,9 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Slot Attention (section 2.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Slot Attention (section 2.1) ------------------------------------------------------------------------------------
 
 
 class SlotAttention(nn.Module):
@@ -92,9 +90,7 @@ class SlotAttention(nn.Module):
         return slots, torch.stack(attns, dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The models (sections 2.2 and 2.3)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The models (sections 2.2 and 2.3) -------------------------------------------------------------------------------
 
 
 class Decomposition(NamedTuple):
@@ -164,9 +160,7 @@ class SlotAttentionClassifier(nn.Module):
         return SetPrediction(predictions, slots, attn.unflatten(-1, self.encoder.grid_size))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The layers of both models, as Keras has them: PyTorch's differ in padding, initialisation and epsilon
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The layers of both models, as Keras has them: PyTorch's differ in padding, initialisation and epsilon -----------
 
 
 class Encoder(nn.Module):
@@ -280,9 +274,7 @@ def keras_init(module):
             nn.init.zeros_(parameter)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses and metrics
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Losses and metrics ----------------------------------------------------------------------------------------------
 
 
 def adjusted_rand_index(true_mask, pred_mask):
@@ -370,9 +362,7 @@ def average_precision_clevr(pred, target, distance_threshold=math.inf):
     return ((hits * precision).sum() / real.sum()).item()                     # a hit adds 1 / real.sum() to the recall
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Weights ---------------------------------------------------------------------------------------------------------
 
 MODELS = {"object_discovery": SlotAttentionAutoEncoder, "set_prediction": SlotAttentionClassifier}
 

@@ -57,9 +57,7 @@ def cases(kind, *others):
     return sorted({key.split("/")[1] for key in GOLDEN.files if key.startswith(f"{kind}/")} - set(others))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Equal to the official code
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Equal to the official code --------------------------------------------------------------------------------------
 
 KEY = "network/layer_with_weights-0/{}/.ATTRIBUTES/VARIABLE_VALUE"  # of a variable in the official checkpoints
 SHAPES = {  # of the official variables, as Keras has them: the first whose pattern is in the name
@@ -232,9 +230,7 @@ def test_official_checkpoint_is_read_without_tensorflow():
         assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the paper says of it
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What the paper says of it ---------------------------------------------------------------------------------------
 
 
 def test_proposition_1():
@@ -285,7 +281,8 @@ def test_implicit_is_the_last_iteration_with_gradient():
 
 
 def test_slots_and_iterations_change_at_test_time():
-    model, image = sa.SlotAttentionAutoEncoder((32, 48), 4, learned_queries=True), torch.randn(2, 3, 32, 48)
+    model, image = sa.SlotAttentionAutoEncoder((32, 48), 4), torch.randn(2, 3, 32, 48)
+    model.slot_attention = sa.SlotAttention(4, 64, learned_queries=True)
     output = model(image, num_slots=6, num_iterations=5)
     assert output.masks.shape == (2, 6, 1, 32, 48) and output.attn.shape == (2, 5, 6, 32, 48)
     assert_close(output.masks.sum(1), torch.ones(2, 1, 32, 48))
@@ -360,9 +357,7 @@ def test_average_precision_equals_official(case):
         assert_allclose(ours, expected, atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Data ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -518,9 +513,7 @@ def test_clevr_like_scenes_obey_clevrs_generator():
     assert len(hues) > 20 and np.median(hues) < 0.03 and max(hues) < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training, evaluation, figures
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training, evaluation, figures -----------------------------------------------------------------------------------
 
 TINY = ("--data tetrominoes --small --train-count 16 --eval-count 8 --batch-size 8 --steps 6 --eval-every 3 "
         "--log-every 1 --dtype float32 --device cpu --encoder-channels 8 --decoder-channels 8 --slot-dim 8")
@@ -558,7 +551,7 @@ def refused(capsys, main, flags):
 
 
 def test_training_repeats_resumes_draws_and_evaluates(capsys):
-    flags = f"{TINY} --learned-queries --no-muon"  # whose decay ends at --steps: 3 and then 6 are not 6
+    flags = f"{TINY} --no-muon --slot-loss 0"  # which depend on --steps
     train.main(f"{flags} --out whole".split())
     run(f"{flags} --out again")
     run(f"{flags} --steps 3 --out parts")
@@ -573,7 +566,7 @@ def test_training_repeats_resumes_draws_and_evaluates(capsys):
     capsys.readouterr()
     run("--eval whole --num-slots 5")
     first, *lines = capsys.readouterr().out.splitlines()
-    assert "5 slots" in first and [json.loads(line)["num_iterations"] for line in lines] == list(range(1, 9))
+    assert "5 slots" in first and [json.loads(line)["num_iterations"] for line in lines] == list(range(1, 11))
     run(f"{TINY} --benchmark --accumulate 2")
     assert json.loads(capsys.readouterr().out)["images_per_s"] > 0
 
@@ -599,7 +592,7 @@ def test_a_stopped_run_saves_first(number):
 
 def test_accumulated_gradient_is_the_same():
     for parts in "14":
-        run(f"{TINY} --steps 2 --clip 0 --slot-loss-from 0 --accumulate {parts} --out {parts}")
+        run(f"{TINY} --steps 2 --no-muon --accumulate {parts} --out {parts}")
     one, four = (visualize.read_checkpoint(parts)["optimizer"]["state"] for parts in "14")  # means of the gradients
     assert_close(one, four, rtol=1e-3, atol=1e-8)
     assert_allclose([row["loss"] for row in log_of("1")], [row["loss"] for row in log_of("4")], rtol=1e-6)
@@ -621,7 +614,7 @@ def test_processes_share_each_batch_out(monkeypatch):
 
 def test_two_processes_train_as_one_and_resume_as_one():
     """Two processes, then a signal, then one process, against one process all along."""
-    flags = f"{TINY} --no-muon --eval-every 10 --accumulate 2"
+    flags = f"{TINY} --no-muon --slot-loss 0 --eval-every 10 --accumulate 2"
     command = f"-m torch.distributed.run --standalone --nproc_per_node=2 {HERE / 'train.py'} {flags}"
     process = subprocess.Popen([sys.executable, *command.split(), "--steps", "9999", "--out", "many"], text=True,
                                stderr=subprocess.PIPE)
@@ -641,13 +634,12 @@ def test_muon_makes_every_direction_equally_fast():
     """The update of a hidden matrix has singular values near 1, whatever the gradient's; all else is Adam's."""
     _, config, _ = train.parse(["--small", "--data", "tetrominoes"])
     model = sa.build_model(vars(config))
-    optimizer, before = train.make_optimizer(model, config), [p.detach().clone() for p in model.parameters()]
+    optimizer, before = train.Muon(model), [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    for group in optimizer.param_groups:
-        group["lr"] = 1.0
+    optimizer.param_groups[0]["lr"] = 0.1
     optimizer.step()
-    matrices = {id(parameter) for parameter in optimizer.param_groups[1]["params"]}
+    matrices = {id(parameter) for parameter in optimizer.hidden}
     assert len(matrices) == 14 and id(model.encoder.cnn[0].weight) not in matrices
     for (name, parameter), old in zip(model.named_parameters(), before):
         update = (parameter - old).detach()
@@ -655,7 +647,7 @@ def test_muon_makes_every_direction_equally_fast():
             values = torch.linalg.svdvals(update.flatten(1)) / max(1, len(update) / update[0].numel()) ** 0.5
             assert 0.5 < values.quantile(0.1) and values.max() < 1.3, name  # the smallest take more steps
         else:
-            assert_close(update.abs(), torch.ones_like(update), rtol=1e-3, atol=1e-3)
+            assert_close(update.abs().median(), torch.tensor(0.1), rtol=0.01, atol=0)  # but where eps counts
 
 
 def test_every_experiment_makes_a_model():
@@ -737,9 +729,7 @@ def test_own_pictures(capsys):
         assert name in refused(capsys, visualize.main, f"{visualize.DEMO} --images {name}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input: one line, exit code 2, nothing lost and no code run
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Bad input: one line, exit code 2, nothing lost and no code run --------------------------------------------------
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -772,7 +762,7 @@ def test_a_folder_holds_one_run(capsys):
 def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(capsys, monkeypatch):
     run(f"{TINY} --steps 3 --out run")
     before = Path("run/checkpoint.pt").read_bytes()
-    line = refused(capsys, train.main, "--resume run --steps 60 --lr 1e12 --clip 0 --eval-every 60")
+    line = refused(capsys, train.main, "--resume run --steps 60 --lr 1e12 --eval-every 60")
     assert "NaN" in line and "by step 60" not in line  # it does not wait until it would save
     step = torch.optim.Adam.step
 
@@ -831,9 +821,7 @@ def test_full_disk_loses_nothing(capsys):
     assert len(log_of("run")) == 6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kill it anywhere; damaged files. By hand many: MANY=100 python -m pytest -k "killed or damaged"
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Kill it anywhere; damaged files. By hand many: MANY=100 python -m pytest -k "killed or damaged" -----------------
 
 MANY = int(os.environ.get("MANY", 1))
 
@@ -923,9 +911,7 @@ def test_damaged_files_are_refused():
         path.write_bytes(good)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The project
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The project -----------------------------------------------------------------------------------------------------
 
 
 def test_imports_run_upwards_only():

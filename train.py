@@ -18,10 +18,8 @@ import math
 import os
 import re
 import signal
-import statistics
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -36,12 +34,9 @@ from slot_attention import (MODELS, SetPrediction, adjusted_rand_index, average_
 from visualize import number
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and evaluation
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training and evaluation -----------------------------------------------------------------------------------------
 
 
 def train(config, out, checkpoint=None):
@@ -51,7 +46,7 @@ def train(config, out, checkpoint=None):
     step, seconds, text = (checkpoint[key] for key in ("step", "seconds", "log")) if checkpoint else (0, 0.0, "")
     with one_line_errors():
         scenes, held_out = load_scenes(config, "train").to(device), load_scenes(config, "eval").to(device)
-        log = open_log(out, text)
+        log = data.open_log(out / "log.jsonl", text)
         if not checkpoint:
             save(out, config, model, optimizer, step, seconds, text)
     say(f"{scenes.source}: {len(scenes):,} scenes, {len(held_out):,} held out; "
@@ -82,11 +77,9 @@ def train(config, out, checkpoint=None):
         say(f"step {step:,}/{config.steps:,}  loss {loss:.5f}  {(step - since) * config.batch_size / elapsed:,.0f} "
             f"images/s  {seconds / step * (config.steps - step) / 60:.1f} min left  {json.dumps(result)[1:-1]}")
         with one_line_errors():
-            if not math.isfinite(loss + result.get("eval_loss", 0.0)):
-                raise ValueError(DIVERGED.format(step, out))
+            if at_eval or stopped or not math.isfinite(loss):
+                save(out, config, model, optimizer, step, seconds, text)  # or refuse to
             log.write(line.encode())
-            if at_eval or stopped:
-                save(out, config, model, optimizer, step, seconds, text)
         if stopped:
             say(f"stopped and saved; to go on: python train.py --resume {out}")
             sys.exit(128 + max(stop, default=signal.SIGTERM))
@@ -100,90 +93,84 @@ def train(config, out, checkpoint=None):
 def train_step(model, optimizer, parts, config, step, dtype):
     """One step on this process's parts of a batch -> their mean loss, a tensor: reading its value waits for the GPU."""
     for group in optimizer.param_groups:
-        group["lr"] = group["scale"] * learning_rate(step, config)
+        group["lr"] = learning_rate(step, config)
     optimizer.zero_grad()
     total = 0.0
     for batch in parts:
         with torch.autocast(batch["image"].device.type, dtype, enabled=dtype != torch.float32):
-            output = model(batch["image"], slots=model.slot_attention.init_slots(batch["noise"]))
-        loss = compute_loss(output, batch, config.slot_loss if step >= config.slot_loss_from else 0.0) / len(parts)
+            output = model(batch["image"], slots=model.slot_attention.init_slots(batch["noise"]),
+                           num_iterations=config.train_iterations)
+        loss = compute_loss(output, batch, config.slot_loss, step / config.steps) / len(parts)
         loss.backward()
         total += loss.detach()
     if WORLD_SIZE > 1:
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
             parameter.grad /= WORLD_SIZE
-    if config.clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     optimizer.step()
     return total
 
 
-def compute_loss(output, batch, slot_loss=0.0):
+def compute_loss(output, batch, slot_loss=0.0, progress=0.0):
     """Mean squared error over batch, pixels and channels (section 2.2), or the set prediction's loss (section 2.3).
 
-    With slot_loss w, (1 - w) * error of the sum + w * sum of the slots' own errors, each weighted by its mask. The
-    second is larger where masks overlap and pictures differ, so that each pixel is left to one slot."""
+    Not in the paper: slot_loss moves weight from the error, as training progresses from 0 to 1, to the slots' own
+    errors, each weighted by its mask. They are larger where masks overlap and pictures differ: each pixel is left to
+    one slot. Where all are right, as about a black background, a late reward for large masks leaves it to the largest.
+    """
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
     error = F.mse_loss(output.recon_combined, batch["image"])
     if slot_loss == 0:
         return error
     own = (output.masks * (output.recons - batch["image"][:, None]) ** 2).sum(dim=1).mean()
-    return (1 - slot_loss) * error + slot_loss * own
+    large = (output.masks.mean(dim=(2, 3, 4)) ** 2).sum(dim=1).mean()
+    return error + progress * slot_loss * (own - error) - 0.004 * progress ** 8 * large
 
 
 def learning_rate(step, config):
     """The official schedule: the warm-up is linear and the decay goes on during it; the first step has rate 0. With
     Muon the decay is linear, to 0."""
-    warmup = min(1, step / max(config.warmup, 1))
-    if config.muon:
-        return config.lr * warmup * (1 - step / config.steps)
-    return config.lr * warmup * 0.5 ** (step / config.decay_steps)
+    decay = 1 - step / config.steps if config.muon else 0.5 ** (step / config.decay_steps)
+    return config.lr * min(1, step / max(config.warmup, 1)) * decay
 
 
 class Muon(torch.optim.Adam):
-    """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all other parameters. Not in the paper; the demo's.
+    """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all else. Not in the paper: the small recipes'.
 
-    The update of a matrix is its momentum with all singular values set near 1: each direction is learned at the same
-    speed, also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
+    A matrix moves by its momentum with all singular values set near 1: each direction is learned at the same speed,
+    also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), betas=(0.9, 0.95), fused=True)
+        # All but the first and last layer, which see or make pixels, and what makes slots and positions.
+        self.hidden = [parameter for name, parameter in model.named_parameters()
+                       if parameter.dim() > 1 and not re.search(r"slots_|\.pos\.", name)][1:-1]
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups[1:]:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))  # Adam wants a step
-                momentum = state["momentum"].lerp_(parameter.grad, 0.05)
-                update = orthogonalize(parameter.grad.lerp(momentum, 0.95).flatten(1))       # Nesterov's momentum
-                update = update * max(1, update.shape[0] / update.shape[1]) ** 0.5
-                parameter.sub_(group["lr"] * update.view_as(parameter))
-                parameter.grad = None                                         # nothing is left for Adam
+        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1)
+        for parameter in self.hidden:
+            state = self.state[parameter]
+            if not state:
+                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter))  # as Adam names and saves them
+            momentum = state["exp_avg"].lerp_(parameter.grad, 0.05)
+            update = orthogonalize(parameter.grad.lerp(momentum, 0.95).flatten(1))       # Nesterov's momentum
+            rate = 10 * self.param_groups[0]["lr"] * max(1, update.shape[0] / update.shape[1]) ** 0.5
+            parameter.sub_(rate * update.view_as(parameter))
+            parameter.grad = None                                                        # nothing is left for Adam
         super().step()
 
 
 def orthogonalize(matrix):
     """Sets a matrix's singular values to 0.7 to 1.2: five steps of Newton-Schulz, x -> 3.4 x - 4.8 x^3 + 2.0 x^5."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
-    x = x.T if x.shape[0] > x.shape[1] else x
     for _ in range(5):
         square = x @ x.T
-        square = torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, square, x, beta=3.4445)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
-
-
-def make_optimizer(model, config):
-    """Each group's learning rate is its `scale` times learning_rate()."""
-    if not config.muon:
-        return torch.optim.Adam([{"params": model.parameters(), "scale": 1}], betas=(0.9, config.beta2), fused=True)
-    # Hidden: all but the first and last layer, which see or make pixels, and what makes slots and positions.
-    weights = [parameter for name, parameter in model.named_parameters()
-               if parameter.dim() > 1 and not re.search(r"slots_|\.pos\.", name)][1:-1]
-    others = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in weights)]
-    groups = [{"params": others, "scale": 1}, {"params": weights, "scale": 10}]
-    return Muon(groups, betas=(0.9, config.beta2), fused=True)
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x
 
 
 def batches(config, scenes, step, device):
@@ -205,7 +192,7 @@ def batches(config, scenes, step, device):
 
 @torch.no_grad()
 def evaluate(model, config, scenes, device, dtype, num_iterations=None):
-    """-> the mean loss of a split, "eval_loss"; where there are masks its mean FG-ARI, "ari"; or AP, "ap_THRESHOLD"."""
+    """-> the mean loss of a split, "eval_loss"; where there are masks its mean FG-ARI, "ari"; or AP, "ap_DISTANCE"."""
     losses, aris, predictions, targets = [], [], [], []
     noise = torch.randn(len(scenes), config.num_slots, config.slot_dim, generator=torch.Generator().manual_seed(0))
     for index in torch.arange(len(scenes)).split(max(1, config.batch_size // (WORLD_SIZE * config.accumulate))):
@@ -224,9 +211,8 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
     if aris:
         result["ari"] = round(torch.cat(aris).double().mean().item(), 4)
     if predictions:
-        for threshold in (math.inf, 1, 0.5, 0.25, 0.125):
-            ap = average_precision_clevr(torch.cat(predictions), torch.cat(targets), threshold)
-            result[f"ap_{threshold}"] = round(ap, 4)
+        for d in (math.inf, 1, 0.5, 0.25, 0.125):
+            result[f"ap_{d}"] = round(average_precision_clevr(torch.cat(predictions), torch.cat(targets), d), 4)
     return result
 
 
@@ -243,9 +229,7 @@ def print_evaluation(config, checkpoint):
         print(json.dumps({"num_iterations": iterations, **result}), flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The experiments. Each value is a flag: batch_size is --batch-size.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The experiments. Each value is a flag: batch_size is --batch-size. ----------------------------------------------
 
 
 def strides(text):
@@ -260,9 +244,9 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "seed": (0, COUNT_OR_0, "of weights, order and noise"),
     "num_slots": (7, SIZE, "slots, K"),
     "num_iterations": (3, SIZE, "iterations of attention, T"),
+    "train_iterations": (None, SIZE, "fewer of them in training: faster, and no slot dies out"),
     "slot_dim": (64, SIZE, "size of a slot, D"),
     "implicit": (False, bool, "one-step gradient: only the last iteration has one (less memory, steadier)"),
-    "learned_queries": (False, bool, "a mean of its own for the initial state of each slot"),
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
     "encoder_strides": ((1, 1, 1, 1), strides, "stride of each convolution of the encoder, as 1,2,2,1"),
@@ -281,10 +265,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "lr": (4e-4, number(float, 1e-12, 1e12), "learning rate of Adam; Muon's is 10 times this"),
     "warmup": (10_000, COUNT_OR_0, "steps until the learning rate is reached"),
     "decay_steps": (100_000, COUNT, "the learning rate halves over this many steps, smoothly"),
-    "beta2": (0.999, number(float, 0, 0.999999), "Adam's decay of the squared gradients"),
-    "clip": (0.0, number(float, 0, 1e12), "largest norm of the gradient; 0: any"),
-    "slot_loss": (0.0, SHARE, "weight of the slots' own errors in the loss, see compute_loss"),
-    "slot_loss_from": (0, COUNT_OR_0, "the step from which it counts: slots must find objects first"),
+    "slot_loss": (0.0, SHARE, "weight, at the last step, of the slots' own errors in the loss, see compute_loss"),
     "eval_every": (5_000, COUNT, "steps between evaluations"),
     "log_every": (10, COUNT, "steps between lines of the log"),
     "accumulate": (1, COUNT, "take each batch in this many parts: less memory, the same gradient"),
@@ -293,51 +274,26 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "dtype": ("auto", ["auto", "float32", "bfloat16"], "auto: bfloat16 where the hardware has it"),
     "data_root": ("data", str, "where the real files and the caches are"),
 }
-FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), max_objects=10,
-                 train_count=60_000)
+FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), train_count=60_000)
 SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000, batch_size=512,
             steps=150_000, warmup=1_000, decay_steps=50_000)
-SMALL = dict(implicit=True, encoder_channels=32, encoder_strides=(1, 2, 1), lr=2e-3, warmup=100, beta2=0.95, clip=1.0,
-             batch_size=32, eval_every=500, slot_loss=0.5, compile=False)
-SMALL_35 = dict(SMALL, muon=True, num_iterations=7, decoder_channels=64, decoder_kernel=3, pixel_shuffle=3,
-                slot_loss_from=600, steps=2_600, train_count=40_000, eval_count=512)
-SMALL_64 = dict(SMALL, learned_queries=True, num_iterations=4, resolution=64, decoder_channels=32,
-                decoder_strides=(1, 1), pixel_shuffle=4, slot_loss_from=2_000, steps=6_000, decay_steps=1_500,
-                train_count=10_000)
-SMALL_DSPRITES = dict(SMALL_64, train_count=40_000, batch_size=16, steps=12_000, decay_steps=3_000)
-SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, encoder_strides=(2, 2, 2, 1), train_count=10_000,
-                  eval_count=1_000, steps=8_000, decay_steps=2_000)
+SMALL = dict(implicit=True, num_iterations=10, train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1),
+             decoder_strides=(1, 1, 1), decoder_kernel=3, batch_size=32, muon=True, lr=2e-3, warmup=100, slot_loss=0.5,
+             eval_every=500, compile=False)
+SMALL_35 = dict(SMALL, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=2_800)
+SMALL_64 = dict(SMALL, pixel_shuffle=4, resolution=64, steps=3_000)
+SMALL_SETS = dict(SMALL, encoder_strides=(2, 2, 2, 1), train_count=10_000, eval_count=1_000, steps=4_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
     ("object_discovery", "clevr"): ({}, SMALL_64),
-    ("object_discovery", "clevr_like"): ({}, SMALL_64),
-    ("object_discovery", "multi_dsprites"): (dict(FULL_SIZE, num_slots=6, resolution=64), SMALL_DSPRITES),
-    ("object_discovery", "multi_dsprites_on_colored"): (dict(FULL_SIZE, num_slots=5, resolution=64), SMALL_DSPRITES),
+    ("object_discovery", "clevr_like"): ({}, dict(SMALL_64, train_count=10_000)),
+    ("object_discovery", "multi_dsprites"): (dict(FULL_SIZE, num_slots=6, resolution=64), SMALL_64),
+    ("object_discovery", "multi_dsprites_on_colored"): (dict(FULL_SIZE, num_slots=5, resolution=64), SMALL_64),
     ("object_discovery", "tetrominoes"): (dict(FULL_SIZE, num_slots=4, resolution=35), SMALL_35),
     ("set_prediction", "clevr"): (SETS, SMALL_SETS),
     ("set_prediction", "clevr_like"): (SETS, SMALL_SETS),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run: its folder, device, precision and processes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def open_log(out, text):
-    """Opens and locks a run's log, and writes it anew from the checkpoint's text: a killed run may have logged steps
-    that it did not save."""
-    if RANK > 0:
-        return open(os.devnull, "wb")
-    out.mkdir(parents=True, exist_ok=True)
-    log = open(out / "log.jsonl", "ab", buffering=0)
-    if not data.lock(log):
-        raise ValueError(f"another process is training into {out}/: wait for it, or choose another --out")
-    log.truncate(0)
-    log.write(text.encode())
-    return log
-
-
-DIVERGED = ("loss or weights became NaN or infinite by step {}; {}/checkpoint.pt is from before. Try a smaller --lr, "
-            "--clip 1, or --dtype float32")
+# --- A run: its folder, device, precision and processes --------------------------------------------------------------
 
 
 def save(out, config, model, optimizer, step, seconds, text):
@@ -346,7 +302,8 @@ def save(out, config, model, optimizer, step, seconds, text):
                "seconds": seconds, "log": text}
     means = [value for state in content["optimizer"]["state"].values() for value in state.values()]
     if not all(value.isfinite().all() for value in [*content["model"].values(), *means]):
-        raise ValueError(DIVERGED.format(step, out))
+        raise ValueError(f"loss or weights became NaN or infinite by step {step}; {out}/checkpoint.pt is from before. "
+                         "Try a smaller --lr, or --dtype float32")
     if RANK == 0:
         with data.whole_file(out / "checkpoint.pt") as part:
             torch.save(content, part)
@@ -373,10 +330,10 @@ def catch_signals():
 
 
 def set_up(config, checkpoint=None):
-    """-> device, dtype, the model, the model as training calls it (compiled on CUDA), its optimizer. Under torchrun the
-    process meets the others, and has a GPU of its own."""
-    device = torch.device(f"cuda:{LOCAL_RANK}" if config.device == "cuda" else config.device)
-    if device.type == "cuda":
+    """-> device, dtype, the model, the model as training calls it (compiled on CUDA), its optimizer."""
+    cuda = config.device == "cuda"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
@@ -385,39 +342,27 @@ def set_up(config, checkpoint=None):
         libc = ctypes.CDLL("libc.so.6")  # which maps new pages for each large tensor: clearing them is 1/8 of a step
         libc.mallopt(-4, 0)   # M_MMAP_MAX: take all from the heap,
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and keep what is freed
-    if WORLD_SIZE > 1:  # the timeout: the others wait while the first evaluates
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
-    dtype = dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    # auto: bfloat16 where the hardware multiplies in it. Other CPUs emulate it, 50 times slower than float32.
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    fast = torch.cuda.get_device_capability()[0] >= 8 if cuda else re.search("avx512_bf16|amx_bf16", cpuinfo)
+    auto = torch.bfloat16 if fast else torch.float32
+    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     with one_line_errors():
-        if checkpoint:  # learned queries are as many as in training; a call may ask for other slots
-            model_config = {**vars(config), "num_slots": checkpoint["config"].get("num_slots")}
-            model = load_model({**checkpoint, "config": model_config})
-        else:
-            model = build_model(vars(config))
+        model = load_model({**checkpoint, "config": vars(config)}) if checkpoint else build_model(vars(config))
     # The weights' layout decides that of the maps: the fastest for convolutions.
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
-    forward = torch.compile(model) if config.compile and device.type == "cuda" else model
-    optimizer = make_optimizer(model, config)
-    if checkpoint and "optimizer" in checkpoint:  # its settings are the config's
-        state = checkpoint["optimizer"]["state"]
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    forward = torch.compile(model) if config.compile and cuda else model
+    optimizer = Muon(model) if config.muon else torch.optim.Adam(model.parameters(), fused=True)
+    if checkpoint and "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
         for parameter, state in optimizer.state.items():  # in the parameters' layout, which a dtype may have changed
             state.update({key: torch.empty_like(parameter).copy_(value) for key, value in state.items() if value.dim()})
     return device, dtype, model, forward, optimizer
 
 
-def has_bfloat16(device):
-    """Whether the hardware multiplies in it. Other CPUs emulate it, 50 times slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    cpuinfo = Path("/proc/cpuinfo")
-    return device.type == "cpu" and cpuinfo.exists() and bool(re.search("avx512_bf16|amx_bf16", cpuinfo.read_text()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Command line ----------------------------------------------------------------------------------------------------
 
 
 def benchmark(config):
@@ -428,22 +373,23 @@ def benchmark(config):
         scenes = load_scenes(config, "train").to(device)
     times = []
     for step, parts in zip(range(13 * every), batches(config, scenes, 0, device)):
-        train_step(forward, optimizer, parts, config, step, dtype)
+        loss = train_step(forward, optimizer, parts, config, step, dtype)
         if step % every == every - 1:  # waiting after every step would stop Python from working ahead of a GPU
-            getattr(torch, device.type).synchronize()
+            loss.item()
             times.append(time.perf_counter())
-    ms = [1e3 * (end - start) / every for start, end in zip(times[2:], times[3:])]
+    ms = sorted(round(1e3 * (end - start) / every, 2) for start, end in zip(times[2:], times[3:]))
     memory = round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else None
     if RANK == 0:
         print(json.dumps({"data": config.data, "task": config.task, "batch_size": config.batch_size,
                           "device": str(device), "processes": WORLD_SIZE, "threads": torch.get_num_threads(),
-                          "dtype": str(dtype).removeprefix("torch."),
-                          "ms": [round(f(ms), 2) for f in (statistics.median, min, max)],
-                          "images_per_s": round(1e3 * config.batch_size / statistics.median(ms), 2),
+                          "dtype": str(dtype).removeprefix("torch."), "ms": [ms[len(ms) // 2], ms[0], ms[-1]],
+                          "images_per_s": round(1e3 * config.batch_size / ms[len(ms) // 2], 2),
                           "peak_memory_gb": memory}))
 
 
-def make_parser():
+def parse(argv):
+    """-> what was asked for; the run's config; with --resume or --eval, the checkpoint, whose config takes the place of
+    the experiment's."""
     parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
@@ -456,20 +402,13 @@ def make_parser():
         how = {"choices": kind, "type": type(kind[0])} if isinstance(kind, list) else {"type": kind}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=f"{text} ({value})", **how)
-    return parser
+    args, checkpoint = parser.parse_args(argv), None
 
-
-def parse(argv):
-    """-> what was asked for; the run's config; with --resume or --eval, the checkpoint, whose config takes the place of
-    the experiment's."""
-    parser, checkpoint = make_parser(), None
-    args = parser.parse_args(argv)
     run, experiment = args.resume or args.eval, (args.task, args.data or "tetrominoes")
     if run:
         with one_line_errors():
             checkpoint = visualize.read_checkpoint(run)
-        device = checkpoint["config"].get("device")
-        parser.set_defaults(**{**checkpoint["config"], "device": device if device in DEVICES else DEVICES[0]})
+        parser.set_defaults(**{**checkpoint["config"], "device": DEVICES[0]})  # this machine's
     elif experiment in EXPERIMENTS:
         paper, small = EXPERIMENTS[experiment]
         parser.set_defaults(**{**paper, **(small if args.small or not args.data else {}), "data": experiment[1]})
@@ -482,8 +421,6 @@ def parse(argv):
                      f"{config.accumulate} parts (--accumulate)")
     if config.task == "set_prediction" and config.num_slots > 16:
         parser.error("--num-slots: the matching of set prediction takes 16 at most")
-    if args.resume and config.muon != checkpoint["config"].get("muon", False):
-        parser.error("--muon cannot change when a run goes on")
     return args, config, checkpoint
 
 

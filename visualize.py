@@ -49,9 +49,9 @@ def scene_row(image, output, i, attention=False):
 
 
 def figure_3(name, images, outputs, parts="abc"):
-    """images [B, 3, H, W], outputs after 1 to T iterations -> blocks for `draw`: (a) of all, (b), (c) of the first."""
-    scenes = [(f"scene {i + 1}", scene_row(image, outputs[-1], i)) for i, image in enumerate(images)]
-    steps = [(f"iteration {t + 1}", output) for t, output in enumerate(outputs)]
+    """images [B, 3, H, W], outputs {iterations: Decomposition} -> blocks for `draw`: (a) all, (b), (c) the first."""
+    scenes = [(f"scene {i + 1}", scene_row(image, outputs[max(outputs)], i)) for i, image in enumerate(images)]
+    steps = [(f"iteration {t}", output) for t, output in outputs.items()]
     attention = [(label, scene_row(images[0], output, 0, attention=True)) for label, output in steps]
     decomposition = [(label, scene_row(images[0], output, 0)) for label, output in steps]
     blocks = {"a": (f"(a) Decomposition: {name}", scenes),
@@ -134,9 +134,7 @@ def figure_curve(runs):
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Command line ----------------------------------------------------------------------------------------------------
 
 
 def number(kind, low, high):
@@ -203,7 +201,7 @@ def make_figure(args, runs):
                 slots = output.slots  # where the next frame starts
             blocks.append(("Slots carried from frame to frame", rows))
         else:
-            outputs = [model(images, slots, num_iterations=t) for t in range(1, T + 1)]
+            outputs = {t: model(images, slots, num_iterations=t) for t in (1, 2, 3, 5, T) if t <= T}
             blocks += figure_3(config["data"], images, outputs, args.figure if len(runs) == 1 else "a")
     if not str(args.out).endswith(".gif"):
         return draw(blocks).savefig
