@@ -109,11 +109,11 @@ class SlotAttentionAutoEncoder(nn.Module):
     Multi-dSprites (64) and Tetrominoes (35): encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1)."""
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
-                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 1, 1, 1),
+                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 1, 1, 1), position_scale=1.0,
                  decoder_channels=64, decoder_strides=(2, 2, 2, 2, 1), decoder_kernel=5, pixel_shuffle=1):
         super().__init__()
         resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, slot_dim)
+        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, slot_dim, position_scale)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit,
                                             learned_queries=learned_queries)
         self.decoder = Decoder(resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel, pixel_shuffle)
@@ -143,10 +143,10 @@ class SlotAttentionClassifier(nn.Module):
     (3d_coords + 3) / 6 (3 features), size (2), material (2), shape (3), colour (8), real object or padding (1)."""
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
-                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 2, 2, 1)):
+                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 2, 2, 1), position_scale=1.0):
         super().__init__()
         resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
-        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, slot_dim)
+        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, slot_dim, position_scale)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit,
                                             learned_queries=learned_queries)
         self.mlp_classifier = nn.Sequential(nn.Linear(slot_dim, slot_dim), nn.ReLU(), nn.Linear(slot_dim, 19))
@@ -165,9 +165,10 @@ class SlotAttentionClassifier(nn.Module):
 
 class Encoder(nn.Module):
     """A CNN with a 5x5 convolution for each of the strides, position embedding, LayerNorm, MLP (appendix E):
-    image [B, 3, H, W] -> features [B, N, D], N = h * w."""
+    image [B, 3, H, W] -> features [B, N, D], N = h * w. position_scale: of the positions at the start. If they are as
+    large as in the paper, slots may share out the picture by place, for good."""
 
-    def __init__(self, resolution, channels, strides, dim):
+    def __init__(self, resolution, channels, strides, dim, position_scale=1.0):
         super().__init__()
         self.grid_size = tuple(math.ceil(size / math.prod(strides)) for size in resolution)
         layers = []
@@ -178,6 +179,7 @@ class Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(channels, eps=1e-3)
         self.mlp = nn.Sequential(nn.Linear(channels, dim), nn.ReLU(), nn.Linear(dim, dim))
         keras_init(self)
+        self.pos.dense.weight.data *= position_scale
 
     def forward(self, image):
         x = self.cnn(image.contiguous())       # [B, C, h, w], in memory as the weights: channels_last if they are

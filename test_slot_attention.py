@@ -439,7 +439,7 @@ def test_clevr_v1_is_read_and_trained_on(capsys):
     assert_allclose(batch["target"], wanted, atol=1e-6)
 
     flags = "--data clevr --data-root . --encoder-channels 8 --batch-size 2 --steps 2 --resolution 32"
-    run(f"{flags} --decoder-strides 2,2,1 --decoder-channels 8 --max-objects 10 --out a")
+    run(f"{flags} --decoder-strides 2 2 1 --decoder-channels 8 --max-objects 10 --out a")
     train.main(f"{flags} --task set_prediction --out b".split())
     assert "ari" not in log_of("a")[-1] and {"ap_inf", "ap_1", "ap_0.125"} <= log_of("b")[-1].keys()
     assert Path("b/figure.png").stat().st_size > 10_000
@@ -650,12 +650,24 @@ def test_muon_makes_every_direction_equally_fast():
             assert_close(update.abs().median(), torch.tensor(0.1), rtol=0.01, atol=0)  # but where eps counts
 
 
+def test_slot_loss_leaves_each_pixel_to_one_slot():
+    """Two slots, white and black; the picture is grey. Late in training a share in each pixel is worth nothing."""
+    recons, image = torch.tensor([1.0, -1]).view(1, 2, 1, 1, 1).expand(1, 2, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    for share, progress, loss in (0.5, 0, 0), (0.5, 1, 0.5 - 0.004 * 0.5), (1, 0, 1), (1, 1, 1 - 0.004):
+        masks = torch.tensor([share, 1.0 - share]).view(1, 2, 1, 1, 1).expand(1, 2, 1, 4, 4)
+        output = sa.Decomposition((masks * recons).sum(1), recons, masks, None, None)
+        assert_close(train.compute_loss(output, {"image": image}, 0.5, progress).item(), float(loss))
+
+
 def test_every_experiment_makes_a_model():
     for task, name in train.EXPERIMENTS:
         for small in ([], ["--small"]):
             _, config, _ = train.parse(["--task", task, "--data", name, *small])
             image = torch.zeros(1, 3, config.resolution, config.resolution)
-            assert torch.isfinite(sa.build_model(vars(config))(image)[0]).all()
+            model = sa.build_model(vars(config))
+            assert torch.isfinite(model(image)[0]).all()
+            limit = config.position_scale * (6 / (4 + config.encoder_channels)) ** 0.5
+            assert 0.9 < model.encoder.pos.dense.weight.abs().max() / limit <= 1
 
 
 def found_alone(model, iterations=5):
@@ -734,7 +746,7 @@ def test_own_pictures(capsys):
 
 @pytest.mark.parametrize("flags, message", [
     ("--data nothing", "nothing"), ("--steps 0", "--steps"), ("--steps 1.5", "--steps"), ("--lr nan", "--lr"),
-    ("--batch-size x", "--batch-size"), ("--encoder-strides 1,,0", "--encoder-strides"), ("--unknown 1", "unknown"),
+    ("--batch-size x", "--batch-size"), ("--encoder-strides 1 0", "--encoder-strides"), ("--unknown 1", "unknown"),
     ("--slot-loss 1.1", "--slot-loss"), ("--seed -1", "--seed"), ("--device nowhere", "--device"),
     ("--data clevr --data-root nowhere", "clevr_like"), ("--task set_prediction", "--task"),
     ("--data multi_dsprites_on_colored --data-root nowhere", "no nowhere/multi_dsprites"),

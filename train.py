@@ -4,7 +4,6 @@
     python train.py --data clevr                 the paper's recipe for CLEVR6; every value of it is a flag
     python train.py --resume runs/clevr          go on
     python train.py --eval runs/clevr            evaluate
-    python train.py --data clevr --benchmark     time its training step
     torchrun --nproc_per_node=N train.py ...     on N GPUs, or N processes on the CPU: the same training
 
 A run is one folder: checkpoint.pt, log.jsonl (one JSON object a line) and figure.png.
@@ -68,7 +67,7 @@ def train(config, out, checkpoint=None):
         if WORLD_SIZE > 1:
             dist.all_reduce(total)
         loss, stopped = total.tolist()
-        loss /= WORLD_SIZE * (step - since)
+        loss /= step - since
         elapsed = time.perf_counter() - clock
         seconds += elapsed
         result = evaluate(model, config, held_out, device, dtype) if at_eval and RANK == 0 else {}
@@ -91,7 +90,7 @@ def train(config, out, checkpoint=None):
 
 
 def train_step(model, optimizer, parts, config, step, dtype):
-    """One step on this process's parts of a batch -> their mean loss, a tensor: reading its value waits for the GPU."""
+    """One step on this process's parts of a batch -> their share of its mean loss, whose reading waits for the GPU."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     optimizer.zero_grad()
@@ -100,13 +99,12 @@ def train_step(model, optimizer, parts, config, step, dtype):
         with torch.autocast(batch["image"].device.type, dtype, enabled=dtype != torch.float32):
             output = model(batch["image"], slots=model.slot_attention.init_slots(batch["noise"]),
                            num_iterations=config.train_iterations)
-        loss = compute_loss(output, batch, config.slot_loss, step / config.steps) / len(parts)
+        loss = compute_loss(output, batch, config.slot_loss, step / config.steps) / (len(parts) * WORLD_SIZE)
         loss.backward()
         total += loss.detach()
     if WORLD_SIZE > 1:
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
-            parameter.grad /= WORLD_SIZE
     optimizer.step()
     return total
 
@@ -114,10 +112,9 @@ def train_step(model, optimizer, parts, config, step, dtype):
 def compute_loss(output, batch, slot_loss=0.0, progress=0.0):
     """Mean squared error over batch, pixels and channels (section 2.2), or the set prediction's loss (section 2.3).
 
-    Not in the paper: slot_loss moves weight from the error, as training progresses from 0 to 1, to the slots' own
-    errors, each weighted by its mask. They are larger where masks overlap and pictures differ: each pixel is left to
-    one slot. Where all are right, as about a black background, a late reward for large masks leaves it to the largest.
-    """
+    Not in the paper: as training progresses from 0 to 1, slot_loss of the weight moves to the slots' own errors, which
+    are larger where masks overlap and pictures differ: each pixel is left to one slot. Where all slots are right, as
+    about a black background, a late reward for large masks leaves it to one of them."""
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
     error = F.mse_loss(output.recon_combined, batch["image"])
@@ -129,8 +126,7 @@ def compute_loss(output, batch, slot_loss=0.0, progress=0.0):
 
 
 def learning_rate(step, config):
-    """The official schedule: the warm-up is linear and the decay goes on during it; the first step has rate 0. With
-    Muon the decay is linear, to 0."""
+    """The official schedule: the warm-up is linear, from 0, and the decay goes on during it. Muon's is linear, to 0."""
     decay = 1 - step / config.steps if config.muon else 0.5 ** (step / config.decay_steps)
     return config.lr * min(1, step / max(config.warmup, 1)) * decay
 
@@ -152,9 +148,8 @@ class Muon(torch.optim.Adam):
         torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1)
         for parameter in self.hidden:
             state = self.state[parameter]
-            if not state:
-                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter))  # as Adam names and saves them
-            momentum = state["exp_avg"].lerp_(parameter.grad, 0.05)
+            state.setdefault("step", torch.zeros(()))                                    # Adam asks for it
+            momentum = state.setdefault("exp_avg", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.05)
             update = orthogonalize(parameter.grad.lerp(momentum, 0.95).flatten(1))       # Nesterov's momentum
             rate = 10 * self.param_groups[0]["lr"] * max(1, update.shape[0] / update.shape[1]) ** 0.5
             parameter.sub_(rate * update.view_as(parameter))
@@ -232,11 +227,7 @@ def print_evaluation(config, checkpoint):
 # --- The experiments. Each value is a flag: batch_size is --batch-size. ----------------------------------------------
 
 
-def strides(text):
-    return tuple(number(int, 1, 3)(part) for part in text.split(","))
-
-
-COUNT, COUNT_OR_0, SIZE, SHARE = number(int, 1, 1e9), number(int, 0, 1e9), number(int, 1, 4096), number(float, 0, 1)
+COUNT, COUNT_OR_0, SIZE, STRIDE = number(int, 1, 1e9), number(int, 0, 1e9), number(int, 1, 4096), number(int, 1, 3)
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choices, meaning
     "task": ("object_discovery", list(MODELS), "what to learn"),
@@ -249,9 +240,10 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "implicit": (False, bool, "one-step gradient: only the last iteration has one (less memory, steadier)"),
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
-    "encoder_strides": ((1, 1, 1, 1), strides, "stride of each convolution of the encoder, as 1,2,2,1"),
+    "encoder_strides": ((1, 1, 1, 1), STRIDE, "stride of each convolution of the encoder"),
+    "position_scale": (1.0, number(float, 0, 1), "of the encoder's positions at the start; less: slots tile no scene"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
-    "decoder_strides": ((2, 2, 2, 2, 1), strides, "stride of each transposed convolution of the decoder"),
+    "decoder_strides": ((2, 2, 2, 2, 1), STRIDE, "stride of each transposed convolution of the decoder"),
     "decoder_kernel": (5, [3, 5], "size of their kernels"),
     "pixel_shuffle": (1, SIZE, "the decoder's last layer makes blocks of this many pixels a side"),
     "crop": ("paper", ["paper", "official", "none"], "of CLEVR; official: its window in CLEVR_v1.0, off centre"),
@@ -265,7 +257,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "lr": (4e-4, number(float, 1e-12, 1e12), "learning rate of Adam; Muon's is 10 times this"),
     "warmup": (10_000, COUNT_OR_0, "steps until the learning rate is reached"),
     "decay_steps": (100_000, COUNT, "the learning rate halves over this many steps, smoothly"),
-    "slot_loss": (0.0, SHARE, "weight, at the last step, of the slots' own errors in the loss, see compute_loss"),
+    "slot_loss": (0.0, number(float, 0, 1), "weight of the slots' own errors at the last step, see compute_loss"),
     "eval_every": (5_000, COUNT, "steps between evaluations"),
     "log_every": (10, COUNT, "steps between lines of the log"),
     "accumulate": (1, COUNT, "take each batch in this many parts: less memory, the same gradient"),
@@ -278,8 +270,8 @@ FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1
 SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000, batch_size=512,
             steps=150_000, warmup=1_000, decay_steps=50_000)
 SMALL = dict(implicit=True, num_iterations=10, train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1),
-             decoder_strides=(1, 1, 1), decoder_kernel=3, batch_size=32, muon=True, lr=2e-3, warmup=100, slot_loss=0.5,
-             eval_every=500, compile=False)
+             position_scale=0.3, decoder_strides=(1, 1, 1), decoder_kernel=3, batch_size=32, muon=True, lr=2e-3,
+             warmup=100, slot_loss=0.5, eval_every=500, compile=False)
 SMALL_35 = dict(SMALL, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=2_800)
 SMALL_64 = dict(SMALL, pixel_shuffle=4, resolution=64, steps=3_000)
 SMALL_SETS = dict(SMALL, encoder_strides=(2, 2, 2, 1), train_count=10_000, eval_count=1_000, steps=4_000)
@@ -388,8 +380,7 @@ def benchmark(config):
 
 
 def parse(argv):
-    """-> what was asked for; the run's config; with --resume or --eval, the checkpoint, whose config takes the place of
-    the experiment's."""
+    """-> what was asked for; the run's config; with --resume or --eval the checkpoint, whose config goes before."""
     parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
@@ -401,6 +392,7 @@ def parse(argv):
     for key, (value, kind, text) in DEFAULTS.items():
         how = {"choices": kind, "type": type(kind[0])} if isinstance(kind, list) else {"type": kind}
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else how
+        how = {**how, "nargs": "+"} if isinstance(value, tuple) else how
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, help=f"{text} ({value})", **how)
     args, checkpoint = parser.parse_args(argv), None
 
