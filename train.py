@@ -10,7 +10,6 @@ A run is one folder: checkpoint.pt, log.jsonl (one JSON object a line) and figur
 """
 
 import argparse
-import contextlib
 import ctypes
 import json
 import math
@@ -27,7 +26,6 @@ import torch.nn.functional as F
 
 import data
 import visualize
-from data import one_line_errors, say
 from slot_attention import (MODELS, SetPrediction, adjusted_rand_index, average_precision_clevr, build_model,
                             hungarian_huber_loss, load_model)
 from visualize import number
@@ -43,12 +41,12 @@ def train(config, out, checkpoint=None):
     torch.manual_seed(config.seed)
     device, dtype, model, forward, optimizer = set_up(config, checkpoint)
     step, seconds, text = (checkpoint[key] for key in ("step", "seconds", "log")) if checkpoint else (0, 0.0, "")
-    with one_line_errors():
+    with data.one_line_errors():
         scenes, held_out = load_scenes(config, "train").to(device), load_scenes(config, "eval").to(device)
         log = data.open_log(out / "log.jsonl", text)
         if not checkpoint:
             save(out, config, model, optimizer, step, seconds, text)
-    say(f"{scenes.source}: {len(scenes):,} scenes, {len(held_out):,} held out; "
+    data.say(f"{scenes.source}: {len(scenes):,} scenes, {len(held_out):,} held out; "
         f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters; {WORLD_SIZE} x {device}, "
         f"{str(dtype).removeprefix('torch.')}; writing to {out}/")
 
@@ -73,20 +71,21 @@ def train(config, out, checkpoint=None):
         result = evaluate(model, config, held_out, device, dtype) if at_eval and RANK == 0 else {}
         line = json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 1), **result}) + "\n"
         text += line
-        say(f"step {step:,}/{config.steps:,}  loss {loss:.5f}  {(step - since) * config.batch_size / elapsed:,.0f} "
-            f"images/s  {seconds / step * (config.steps - step) / 60:.1f} min left  {json.dumps(result)[1:-1]}")
-        with one_line_errors():
+        data.say(f"step {step:,}/{config.steps:,}  loss {loss:.5f}  "
+                 f"{(step - since) * config.batch_size / elapsed:,.0f} images/s  "
+                 f"{seconds / step * (config.steps - step) / 60:.1f} min left  {json.dumps(result)[1:-1]}")
+        with data.one_line_errors():
             if at_eval or stopped or not math.isfinite(loss):
                 save(out, config, model, optimizer, step, seconds, text)  # or refuse to
             log.write(line.encode())
         if stopped:
-            say(f"stopped and saved; to go on: python train.py --resume {out}")
+            data.say(f"stopped and saved; to go on: python train.py --resume {out}")
             sys.exit(128 + max(stop, default=signal.SIGTERM))
         total.zero_()
         since, clock = step, time.perf_counter()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    say(f"trained in {seconds / 60:.1f} minutes; evaluate with: python train.py --eval {out}")
+    data.say(f"trained in {seconds / 60:.1f} minutes; evaluate with: python train.py --eval {out}")
 
 
 def train_step(model, optimizer, parts, config, step, dtype):
@@ -105,6 +104,8 @@ def train_step(model, optimizer, parts, config, step, dtype):
     if WORLD_SIZE > 1:
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)
+    if config.clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     optimizer.step()
     return total
 
@@ -137,15 +138,14 @@ class Muon(torch.optim.Adam):
     A matrix moves by its momentum with all singular values set near 1: each direction is learned at the same speed,
     also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
 
-    def __init__(self, model):
-        super().__init__(model.parameters(), betas=(0.9, 0.95), fused=True)
+    def __init__(self, model, **settings):
+        super().__init__(model.parameters(), **settings)
         # All but the first and last layer, which see or make pixels, and what makes slots and positions.
         self.hidden = [parameter for name, parameter in model.named_parameters()
                        if parameter.dim() > 1 and not re.search(r"slots_|\.pos\.", name)][1:-1]
 
     @torch.no_grad()
     def step(self):
-        torch.nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1)
         for parameter in self.hidden:
             state = self.state[parameter]
             state.setdefault("step", torch.zeros(()))                                    # Adam asks for it
@@ -214,7 +214,7 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
 def print_evaluation(config, checkpoint):
     """Section 4.1's generalisation: the metrics after each number of iterations, on any number of objects and slots."""
     device, dtype, model, *_ = set_up(config, checkpoint)
-    with one_line_errors():
+    with data.one_line_errors():
         scenes = load_scenes(config, "eval").to(device)
     if RANK > 0:
         return
@@ -238,6 +238,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "train_iterations": (None, SIZE, "fewer of them in training: faster, and no slot dies out"),
     "slot_dim": (64, SIZE, "size of a slot, D"),
     "implicit": (False, bool, "one-step gradient: only the last iteration has one (less memory, steadier)"),
+    "learned_queries": (False, bool, "a mean of its own for the initial state of each slot"),
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
     "encoder_strides": ((1, 1, 1, 1), STRIDE, "stride of each convolution of the encoder"),
@@ -257,6 +258,8 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "lr": (4e-4, number(float, 1e-12, 1e12), "learning rate of Adam; Muon's is 10 times this"),
     "warmup": (10_000, COUNT_OR_0, "steps until the learning rate is reached"),
     "decay_steps": (100_000, COUNT, "the learning rate halves over this many steps, smoothly"),
+    "beta2": (0.999, number(float, 0, 0.999999), "Adam's decay of the squared gradients"),
+    "clip": (0.0, number(float, 0, 1e12), "largest norm of the gradient; 0: any"),
     "slot_loss": (0.0, number(float, 0, 1), "weight of the slots' own errors at the last step, see compute_loss"),
     "eval_every": (5_000, COUNT, "steps between evaluations"),
     "log_every": (10, COUNT, "steps between lines of the log"),
@@ -269,17 +272,21 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
 FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), train_count=60_000)
 SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000, batch_size=512,
             steps=150_000, warmup=1_000, decay_steps=50_000)
-SMALL = dict(implicit=True, num_iterations=10, train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1),
-             position_scale=0.3, decoder_strides=(1, 1, 1), decoder_kernel=3, batch_size=32, muon=True, lr=2e-3,
-             warmup=100, slot_loss=0.5, eval_every=500, compile=False)
-SMALL_35 = dict(SMALL, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=2_800)
-SMALL_64 = dict(SMALL, pixel_shuffle=4, resolution=64, steps=3_000)
-SMALL_SETS = dict(SMALL, encoder_strides=(2, 2, 2, 1), train_count=10_000, eval_count=1_000, steps=4_000)
+SMALL = dict(implicit=True, encoder_channels=32, encoder_strides=(1, 2, 1), batch_size=32, warmup=100, beta2=0.95,
+             clip=1.0, slot_loss=0.5, eval_every=500, compile=False)
+SMALL_35 = dict(SMALL, muon=True, lr=1.6e-3, num_iterations=10, train_iterations=5, position_scale=0.3,
+                decoder_strides=(1, 1, 1), decoder_kernel=3, pixel_shuffle=3, steps=3_200, train_count=40_000,
+                eval_count=512)
+SMALL_64 = dict(SMALL, learned_queries=True, num_iterations=4, resolution=64, decoder_channels=32,
+                decoder_strides=(1, 1), pixel_shuffle=4, lr=2e-3, steps=6_000, decay_steps=1_500, train_count=10_000)
+SMALL_DSPRITES = dict(SMALL_64, train_count=40_000, batch_size=16, steps=12_000, decay_steps=3_000)
+SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, encoder_strides=(2, 2, 2, 1), lr=2e-3, steps=8_000,
+                  decay_steps=2_000, train_count=10_000, eval_count=1_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
     ("object_discovery", "clevr"): ({}, SMALL_64),
-    ("object_discovery", "clevr_like"): ({}, dict(SMALL_64, train_count=10_000)),
-    ("object_discovery", "multi_dsprites"): (dict(FULL_SIZE, num_slots=6, resolution=64), SMALL_64),
-    ("object_discovery", "multi_dsprites_on_colored"): (dict(FULL_SIZE, num_slots=5, resolution=64), SMALL_64),
+    ("object_discovery", "clevr_like"): ({}, SMALL_64),
+    ("object_discovery", "multi_dsprites"): (dict(FULL_SIZE, num_slots=6, resolution=64), SMALL_DSPRITES),
+    ("object_discovery", "multi_dsprites_on_colored"): (dict(FULL_SIZE, num_slots=5, resolution=64), SMALL_DSPRITES),
     ("object_discovery", "tetrominoes"): (dict(FULL_SIZE, num_slots=4, resolution=35), SMALL_35),
     ("set_prediction", "clevr"): (SETS, SMALL_SETS),
     ("set_prediction", "clevr_like"): (SETS, SMALL_SETS),
@@ -295,7 +302,7 @@ def save(out, config, model, optimizer, step, seconds, text):
     means = [value for state in content["optimizer"]["state"].values() for value in state.values()]
     if not all(value.isfinite().all() for value in [*content["model"].values(), *means]):
         raise ValueError(f"loss or weights became NaN or infinite by step {step}; {out}/checkpoint.pt is from before. "
-                         "Try a smaller --lr, or --dtype float32")
+                         "Try a smaller --lr, --clip 1, or --dtype float32")
     if RANK == 0:
         with data.whole_file(out / "checkpoint.pt") as part:
             torch.save(content, part)
@@ -330,8 +337,8 @@ def set_up(config, checkpoint=None):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.benchmark_limit = 0  # try all algorithms
-    with contextlib.suppress(OSError, AttributeError):  # another C library than GNU's
-        libc = ctypes.CDLL("libc.so.6")  # which maps new pages for each large tensor: clearing them is 1/8 of a step
+    if sys.platform == "linux":
+        libc = ctypes.CDLL("libc.so.6")  # it maps new pages for each large tensor: clearing them is 1/8 of a step
         libc.mallopt(-4, 0)   # M_MMAP_MAX: take all from the heap,
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and keep what is freed
     if WORLD_SIZE > 1:
@@ -341,12 +348,17 @@ def set_up(config, checkpoint=None):
     fast = torch.cuda.get_device_capability()[0] >= 8 if cuda else re.search("avx512_bf16|amx_bf16", cpuinfo)
     auto = torch.bfloat16 if fast else torch.float32
     dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
-    with one_line_errors():
-        model = load_model({**checkpoint, "config": vars(config)}) if checkpoint else build_model(vars(config))
+    with data.one_line_errors():
+        if checkpoint:  # learned queries are as many as in training; a call may ask for other slots
+            model_config = {**vars(config), "num_slots": checkpoint["config"].get("num_slots")}
+            model = load_model({**checkpoint, "config": model_config})
+        else:
+            model = build_model(vars(config))
     # The weights' layout decides that of the maps: the fastest for convolutions.
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
     forward = torch.compile(model) if config.compile and cuda else model
-    optimizer = Muon(model) if config.muon else torch.optim.Adam(model.parameters(), fused=True)
+    settings = {"betas": (0.9, config.beta2), "fused": True}
+    optimizer = Muon(model, **settings) if config.muon else torch.optim.Adam(model.parameters(), **settings)
     if checkpoint and "optimizer" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         for parameter, state in optimizer.state.items():  # in the parameters' layout, which a dtype may have changed
@@ -361,7 +373,7 @@ def benchmark(config):
     """Prints one JSON line: images a second, and milliseconds of a training step: median, least and most."""
     device, dtype, model, forward, optimizer = set_up(config)
     config.train_count, every = 2 * config.batch_size, 10 if device.type == "cuda" else 1
-    with one_line_errors():
+    with data.one_line_errors():
         scenes = load_scenes(config, "train").to(device)
     times = []
     for step, parts in zip(range(13 * every), batches(config, scenes, 0, device)):
@@ -398,7 +410,7 @@ def parse(argv):
 
     run, experiment = args.resume or args.eval, (args.task, args.data or "tetrominoes")
     if run:
-        with one_line_errors():
+        with data.one_line_errors():
             checkpoint = visualize.read_checkpoint(run)
         parser.set_defaults(**{**checkpoint["config"], "device": DEVICES[0]})  # this machine's
     elif experiment in EXPERIMENTS:
@@ -423,7 +435,7 @@ def main(argv=None):
     if args.eval:
         return print_evaluation(config, checkpoint)
     out = Path(args.resume or args.out or f"runs/{config.data}")
-    with one_line_errors():
+    with data.one_line_errors():
         if args.resume and not (out.is_dir() and "optimizer" in checkpoint):
             raise ValueError(f"--resume goes on with a run's folder; {out} is to draw and to evaluate")
         if RANK == 0 and not args.resume and (out / "checkpoint.pt").exists():
