@@ -356,8 +356,7 @@ def lock(file, wait=False):
 
 
 def open_log(path, text):
-    """Opens and locks a run's log, and writes it anew from its checkpoint's text: a killed run may have logged steps
-    that it did not save. Raises OSError, or ValueError where another process has it."""
+    """Opens and locks a run's log, and writes it anew from its checkpoint's: a killed run logged more than it saved."""
     if os.environ.get("RANK", "0") != "0":
         return open(os.devnull, "wb")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -392,8 +391,7 @@ def reading(path):
     except Exception as error:  # PIL, torch and zipfile have many ways to say it
         if isinstance(error, OSError) and error.filename:  # missing, or not to be read
             raise
-        raise ValueError(f"{path} is damaged or of another kind ({error!r:.100}); a cache is built again once it is "
-                         "deleted") from None
+        raise ValueError(f"{path} is damaged or of another kind ({error!r:.100}); a cache can be deleted") from None
 
 
 def read_file(path, mmap=False):

@@ -1,8 +1,6 @@
 """The specification: what a reader may rely on. Run with: pytest
 
-Most of it compares with outputs of the official TensorFlow code, kept in assets/golden.npz: models
-whose weights and inputs come from a recipe (`official_case`), metrics, layers and learning rates.
-"""
+Most of it compares with outputs of the official TensorFlow code, kept in assets/golden.npz."""
 
 import inspect
 import itertools
@@ -595,6 +593,13 @@ def test_accumulated_gradient_is_the_same():
     one, four = (visualize.read_checkpoint(parts)["optimizer"]["state"] for parts in "14")  # means of the gradients
     assert_close(one, four, rtol=1e-3, atol=1e-8)
     assert_allclose([row["loss"] for row in log_of("1")], [row["loss"] for row in log_of("4")], rtol=1e-6)
+    run(f"{TINY} --steps 1 --no-muon --clip 0.001 --train-iterations 2 --out other")
+    assert log_of("other")[0]["loss"] != log_of("1")[0]["loss"]
+    _, config, checkpoint = train.parse("--resume other --dtype bfloat16".split())  # another layout
+    *_, optimizer = train.set_up(config, checkpoint)
+    means = {parameter: state["exp_avg"] for parameter, state in optimizer.state.items()}
+    assert all(mean.stride() == parameter.stride() for parameter, mean in means.items())
+    assert_allclose(sum(mean.square().sum() for mean in means.values()) ** 0.5, 0.1 * 0.001, rtol=1e-3)
 
 
 def test_processes_share_each_batch_out(monkeypatch):
@@ -639,6 +644,7 @@ def test_muon_makes_every_direction_equally_fast():
     optimizer.param_groups[0]["lr"] = 0.1
     optimizer.step()
     matrices = {id(parameter) for parameter in optimizer.hidden}
+    assert train.learning_rate(config.steps // 4, config) == 0.75 * config.lr  # to 0 at the end
     assert len(matrices) == 14 and id(model.encoder.cnn[0].weight) not in matrices
     for (name, parameter), old in zip(model.named_parameters(), before):
         update = (parameter - old).detach()
@@ -649,8 +655,7 @@ def test_muon_makes_every_direction_equally_fast():
             assert_close(update.abs().median(), torch.tensor(0.1), rtol=0.01, atol=0)  # but where eps counts
 
 
-def test_slot_loss_leaves_each_pixel_to_one_slot():
-    """Two slots, white and black; the picture is grey. Late in training a share in each pixel is worth nothing."""
+def test_slot_loss_leaves_each_pixel_to_one_slot():  # here of a white and a black one, where the picture is grey
     recons, image = torch.tensor([1.0, -1]).view(1, 2, 1, 1, 1).expand(1, 2, 3, 4, 4), torch.zeros(1, 3, 4, 4)
     for share, progress, loss in (0.5, 0, 0), (0.5, 1, 0.5 - 0.004 * 0.5), (1, 0, 1), (1, 1, 1 - 0.004):
         masks = torch.tensor([share, 1.0 - share]).view(1, 2, 1, 1, 1).expand(1, 2, 1, 4, 4)
@@ -665,14 +670,13 @@ def test_every_experiment_makes_a_model():
             image = torch.zeros(1, 3, config.resolution, config.resolution)
             model = sa.build_model(vars(config))
             assert torch.isfinite(model(image)[0]).all()
-            limit = config.position_scale * (6 / (4 + config.encoder_channels)) ** 0.5
-            assert 0.9 < model.encoder.pos.dense.weight.abs().max() / limit <= 1
+            scale = model.encoder.pos.dense.weight.abs().max() / (6 / (4 + config.encoder_channels)) ** 0.5
+            assert 0.9 < scale / config.position_scale <= 1
 
 
 def found_alone(model, iterations=5):
-    """Of the objects in the real CLEVR pictures with at most six: the share whose slot (that at the
-    object's centre) is neither the largest nor that of another object in view. By hand: python -c "from
-    test_slot_attention import *; print(found_alone(sa.load_model(data.read_file(ASSETS / 'clevr_like.pt'))))" """
+    """Of the objects in the real CLEVR pictures with at most six: the share whose slot (that at the object's centre) is
+    neither the largest nor that of another object in view. By hand: found_alone(load_model(read_file(FILE)))"""
     scenes = json.loads((SAMPLES / "CLEVR_v1.0/scenes/CLEVR_train_scenes.json").read_text())["scenes"]
     (top, bottom, left, _), size, alone = data.CLEVR_CROP[320, 480], model.decoder.resolution[0], []
     config = {"data": "clevr", "task": "object_discovery", "resolution": size, "crop": "paper"}

@@ -275,8 +275,7 @@ SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects
 SMALL = dict(implicit=True, encoder_channels=32, encoder_strides=(1, 2, 1), batch_size=32, warmup=100, beta2=0.95,
              clip=1.0, slot_loss=0.5, eval_every=500, compile=False)
 SMALL_35 = dict(SMALL, muon=True, lr=1.6e-3, num_iterations=10, train_iterations=5, position_scale=0.3,
-                decoder_strides=(1, 1, 1), decoder_kernel=3, pixel_shuffle=3, steps=3_200, train_count=40_000,
-                eval_count=512)
+                decoder_channels=64, decoder_kernel=3, pixel_shuffle=3, steps=3_000, train_count=40_000, eval_count=512)
 SMALL_64 = dict(SMALL, learned_queries=True, num_iterations=4, resolution=64, decoder_channels=32,
                 decoder_strides=(1, 1), pixel_shuffle=4, lr=2e-3, steps=6_000, decay_steps=1_500, train_count=10_000)
 SMALL_DSPRITES = dict(SMALL_64, train_count=40_000, batch_size=16, steps=12_000, decay_steps=3_000)
