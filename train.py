@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def train(config, out, checkpoint=None):
                  f"{seconds / step * (config.steps - step) / 60:.1f} min left  {json.dumps(result)[1:-1]}")
         with data.one_line_errors():
             if at_eval or stopped or not math.isfinite(loss):
-                save(out, config, model, optimizer, step, seconds, text)  # or refuse to
+                save(out, config, model, optimizer, step, seconds, text, loss + result.get("eval_loss", 0.0))
             log.write(line.encode())
         if stopped:
             data.say(f"stopped and saved; to go on: python train.py --resume {out}")
@@ -133,7 +134,7 @@ def learning_rate(step, config):
 
 
 class Muon(torch.optim.Adam):
-    """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all else. Not in the paper: the small recipes'.
+    """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all else. Not in the paper: the demo's.
 
     A matrix moves by its momentum with all singular values set near 1: each direction is learned at the same speed,
     also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
@@ -148,8 +149,9 @@ class Muon(torch.optim.Adam):
     def step(self):
         for parameter in self.hidden:
             state = self.state[parameter]
-            state.setdefault("step", torch.zeros(()))                                    # Adam asks for it
-            momentum = state.setdefault("exp_avg", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.05)
+            if not state:
+                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(parameter))  # as Adam names and saves them
+            momentum = state["exp_avg"].lerp_(parameter.grad, 0.05)
             update = orthogonalize(parameter.grad.lerp(momentum, 0.95).flatten(1))       # Nesterov's momentum
             rate = 10 * self.param_groups[0]["lr"] * max(1, update.shape[0] / update.shape[1]) ** 0.5
             parameter.sub_(rate * update.view_as(parameter))
@@ -242,7 +244,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
     "encoder_strides": ((1, 1, 1, 1), STRIDE, "stride of each convolution of the encoder"),
-    "position_scale": (1.0, number(float, 0, 1), "of the encoder's positions at the start; less: slots tile no scene"),
+    "position_scale": (1.0, number(float, 0, 1), "of the encoder's positions at the start; less: less tiling"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), STRIDE, "stride of each transposed convolution of the decoder"),
     "decoder_kernel": (5, [3, 5], "size of their kernels"),
@@ -294,12 +296,12 @@ EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs fro
 # --- A run: its folder, device, precision and processes --------------------------------------------------------------
 
 
-def save(out, config, model, optimizer, step, seconds, text):
-    """Writes the checkpoint. Raises ValueError where weights or the optimizer's means are not finite."""
+def save(out, config, model, optimizer, step, seconds, text, loss=0.0):
+    """Writes the checkpoint. Raises ValueError where loss, weights or the optimizer's means are not finite."""
     content = {"config": vars(config), "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                "seconds": seconds, "log": text}
     means = [value for state in content["optimizer"]["state"].values() for value in state.values()]
-    if not all(value.isfinite().all() for value in [*content["model"].values(), *means]):
+    if not (math.isfinite(loss) and all(value.isfinite().all() for value in [*content["model"].values(), *means])):
         raise ValueError(f"loss or weights became NaN or infinite by step {step}; {out}/checkpoint.pt is from before. "
                          "Try a smaller --lr, --clip 1, or --dtype float32")
     if RANK == 0:
@@ -340,8 +342,8 @@ def set_up(config, checkpoint=None):
         libc = ctypes.CDLL("libc.so.6")  # it maps new pages for each large tensor: clearing them is 1/8 of a step
         libc.mallopt(-4, 0)   # M_MMAP_MAX: take all from the heap,
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and keep what is freed
-    if WORLD_SIZE > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if WORLD_SIZE > 1:  # the timeout: the others wait while the first evaluates
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     # auto: bfloat16 where the hardware multiplies in it. Other CPUs emulate it, 50 times slower than float32.
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     fast = torch.cuda.get_device_capability()[0] >= 8 if cuda else re.search("avx512_bf16|amx_bf16", cpuinfo)
@@ -359,7 +361,8 @@ def set_up(config, checkpoint=None):
     settings = {"betas": (0.9, config.beta2), "fused": True}
     optimizer = Muon(model, **settings) if config.muon else torch.optim.Adam(model.parameters(), **settings)
     if checkpoint and "optimizer" in checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        state = checkpoint["optimizer"]["state"]  # alone: the settings are the config's
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for parameter, state in optimizer.state.items():  # in the parameters' layout, which a dtype may have changed
             state.update({key: torch.empty_like(parameter).copy_(value) for key, value in state.items() if value.dim()})
     return device, dtype, model, forward, optimizer
@@ -375,7 +378,7 @@ def benchmark(config):
     with data.one_line_errors():
         scenes = load_scenes(config, "train").to(device)
     times = []
-    for step, parts in zip(range(13 * every), batches(config, scenes, 0, device)):
+    for step, parts in zip(range(14 * every), batches(config, scenes, 0, device)):
         loss = train_step(forward, optimizer, parts, config, step, dtype)
         if step % every == every - 1:  # waiting after every step would stop Python from working ahead of a GPU
             loss.item()
@@ -391,7 +394,7 @@ def benchmark(config):
 
 
 def parse(argv):
-    """-> what was asked for; the run's config; with --resume or --eval the checkpoint, whose config goes before."""
+    """-> what was asked for; the run's config; with --resume or --eval the checkpoint, which brings the config."""
     parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
@@ -411,7 +414,8 @@ def parse(argv):
     if run:
         with data.one_line_errors():
             checkpoint = visualize.read_checkpoint(run)
-        parser.set_defaults(**{**checkpoint["config"], "device": DEVICES[0]})  # this machine's
+        device = checkpoint["config"].get("device")
+        parser.set_defaults(**{**checkpoint["config"], "device": device if device in DEVICES else DEVICES[0]})
     elif experiment in EXPERIMENTS:
         paper, small = EXPERIMENTS[experiment]
         parser.set_defaults(**{**paper, **(small if args.small or not args.data else {}), "data": experiment[1]})
@@ -424,6 +428,8 @@ def parse(argv):
                      f"{config.accumulate} parts (--accumulate)")
     if config.task == "set_prediction" and config.num_slots > 16:
         parser.error("--num-slots: the matching of set prediction takes 16 at most")
+    if args.resume and config.muon != checkpoint["config"].get("muon", False):
+        parser.error("--muon cannot change when a run goes on")
     return args, config, checkpoint
 
 
