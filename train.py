@@ -39,25 +39,21 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 def train(config, out, checkpoint=None):
     """Trains by a config (its keys are those of DEFAULTS) into the folder `out`, from a checkpoint if given."""
-    torch.manual_seed(config.seed)
-    device, dtype, model, forward, optimizer = set_up(config, checkpoint)
-    step, seconds, text = (checkpoint[key] for key in ("step", "seconds", "log")) if checkpoint else (0, 0.0, "")
+    torch.manual_seed(config.seed)  # the same weights in every process
+    device, dtype, model, compiled, optimizer = set_up(config, checkpoint)
+    start, seconds, text = (checkpoint[key] for key in ("step", "seconds", "log")) if checkpoint else (0, 0.0, "")
     with data.one_line_errors():
         scenes, held_out = load_scenes(config, "train").to(device), load_scenes(config, "eval").to(device)
         log = data.open_log(out / "log.jsonl", text)
         if not checkpoint:
-            save(out, config, model, optimizer, step, seconds, text)
-    data.say(f"{scenes.source}: {len(scenes):,} scenes, {len(held_out):,} held out; "
-        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters; {WORLD_SIZE} x {device}, "
-        f"{str(dtype).removeprefix('torch.')}; writing to {out}/")
+            save(out, config, model, optimizer, start, seconds, text)
+    data.say(f"{scenes.source}: {len(scenes):,} scenes, {len(held_out):,} held out; {WORLD_SIZE} x {device}, {dtype}; "
+             f"writing to {out}/")
 
-    stop, since, clock = catch_signals(), step, time.perf_counter()
+    stop, since, clock = catch_signals(), start, time.perf_counter()
     total = torch.zeros(2, device=device)  # sum of the losses since the last line; number of signals
-    for parts in batches(config, scenes, step, device):
-        if step >= config.steps:
-            break
-        total[0] += train_step(forward, optimizer, parts, config, step, dtype)
-        step += 1
+    for step, parts in zip(range(start + 1, config.steps + 1), batches(config, scenes, start, device)):
+        total[0] += train_step(compiled, optimizer, parts, config, step - 1, dtype)
         at_eval = step % config.eval_every == 0 or step == config.steps
         if not at_eval and step % config.log_every:
             continue  # the loss is read, and the device waited for, only where it is shown
@@ -114,9 +110,9 @@ def train_step(model, optimizer, parts, config, step, dtype):
 def compute_loss(output, batch, slot_loss=0.0, progress=0.0):
     """Mean squared error over batch, pixels and channels (section 2.2), or the set prediction's loss (section 2.3).
 
-    Not in the paper: as training progresses from 0 to 1, slot_loss of the weight moves to the slots' own errors, which
-    are larger where masks overlap and pictures differ: each pixel is left to one slot. Where all slots are right, as
-    about a black background, a late reward for large masks leaves it to one of them."""
+    Not in the paper: as progress goes from 0 to 1, up to slot_loss of the error gives way to the slots' own errors,
+    which are larger where masks overlap and pictures differ: each pixel is left to one slot. Where all slots are right,
+    as about a black background, a late reward for large masks leaves it to one of them."""
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
     error = F.mse_loss(output.recon_combined, batch["image"])
@@ -124,7 +120,7 @@ def compute_loss(output, batch, slot_loss=0.0, progress=0.0):
         return error
     own = (output.masks * (output.recons - batch["image"][:, None]) ** 2).sum(dim=1).mean()
     large = (output.masks.mean(dim=(2, 3, 4)) ** 2).sum(dim=1).mean()
-    return error + progress * slot_loss * (own - error) - 0.004 * progress ** 8 * large
+    return error + progress * slot_loss * (own - error) - 0.008 * slot_loss * progress ** 8 * large
 
 
 def learning_rate(step, config):
@@ -141,7 +137,7 @@ class Muon(torch.optim.Adam):
 
     def __init__(self, model, **settings):
         super().__init__(model.parameters(), **settings)
-        # All but the first and last layer, which see or make pixels, and what makes slots and positions.
+        # All but the first and last layer, which see pixels or make outputs, and what makes slots and positions.
         self.hidden = [parameter for name, parameter in model.named_parameters()
                        if parameter.dim() > 1 and not re.search(r"slots_|\.pos\.", name)][1:-1]
 
@@ -192,7 +188,7 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
     """-> the mean loss of a split, "eval_loss"; where there are masks its mean FG-ARI, "ari"; or AP, "ap_DISTANCE"."""
     losses, aris, predictions, targets = [], [], [], []
     noise = torch.randn(len(scenes), config.num_slots, config.slot_dim, generator=torch.Generator().manual_seed(0))
-    for index in torch.arange(len(scenes)).split(max(1, config.batch_size // (WORLD_SIZE * config.accumulate))):
+    for index in torch.arange(len(scenes)).split(config.batch_size // (WORLD_SIZE * config.accumulate)):
         batch = scenes.batch(index, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = model(batch["image"], slots=model.slot_attention.init_slots(noise[index].to(device)),
@@ -228,7 +224,6 @@ def print_evaluation(config, checkpoint):
 
 # --- The experiments. Each value is a flag: batch_size is --batch-size. ----------------------------------------------
 
-
 COUNT, COUNT_OR_0, SIZE, STRIDE = number(int, 1, 1e9), number(int, 0, 1e9), number(int, 1, 4096), number(int, 1, 3)
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choices, meaning
@@ -247,7 +242,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "position_scale": (1.0, number(float, 0, 1), "of the encoder's positions at the start; less: less tiling"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), STRIDE, "stride of each transposed convolution of the decoder"),
-    "decoder_kernel": (5, [3, 5], "size of their kernels"),
+    "decoder_kernel": (5, [3, 5], "size of the decoder's kernels"),
     "pixel_shuffle": (1, SIZE, "the decoder's last layer makes blocks of this many pixels a side"),
     "crop": ("paper", ["paper", "official", "none"], "of CLEVR; official: its window in CLEVR_v1.0, off centre"),
     "min_objects": (0, COUNT_OR_0, "only scenes with at least this many objects"),
@@ -337,11 +332,10 @@ def set_up(config, checkpoint=None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.benchmark_limit = 0  # try all algorithms
     if sys.platform == "linux":
-        libc = ctypes.CDLL("libc.so.6")  # it maps new pages for each large tensor: clearing them is 1/8 of a step
-        libc.mallopt(-4, 0)   # M_MMAP_MAX: take all from the heap,
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and keep what is freed
+        libc = ctypes.CDLL("libc.so.6")  # maps new pages for each large tensor; clearing them is 1/8 of a step. So:
+        libc.mallopt(-4, 0)              # M_MMAP_MAX: take all from the heap,
+        libc.mallopt(-1, -1)             # M_TRIM_THRESHOLD: and keep what is freed
     if WORLD_SIZE > 1:  # the timeout: the others wait while the first evaluates
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     # auto: bfloat16 where the hardware multiplies in it. Other CPUs emulate it, 50 times slower than float32.
@@ -357,40 +351,37 @@ def set_up(config, checkpoint=None):
             model = build_model(vars(config))
     # The weights' layout decides that of the maps: the fastest for convolutions.
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
-    forward = torch.compile(model) if config.compile and cuda else model
+    compiled = torch.compile(model) if config.compile and cuda else model
     settings = {"betas": (0.9, config.beta2), "fused": True}
     optimizer = Muon(model, **settings) if config.muon else torch.optim.Adam(model.parameters(), **settings)
-    if checkpoint and "optimizer" in checkpoint:
-        state = checkpoint["optimizer"]["state"]  # alone: the settings are the config's
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if checkpoint and "optimizer" in checkpoint:  # its state alone: the settings are the config's
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
         for parameter, state in optimizer.state.items():  # in the parameters' layout, which a dtype may have changed
             state.update({key: torch.empty_like(parameter).copy_(value) for key, value in state.items() if value.dim()})
-    return device, dtype, model, forward, optimizer
+    return device, dtype, model, compiled, optimizer
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
 
 
 def benchmark(config):
-    """Prints one JSON line: images a second, and milliseconds of a training step: median, least and most."""
-    device, dtype, model, forward, optimizer = set_up(config)
+    """Prints one JSON line: images a second; milliseconds of a training step, median, least, most; peak memory."""
+    device, dtype, model, compiled, optimizer = set_up(config)
     config.train_count, every = 2 * config.batch_size, 10 if device.type == "cuda" else 1
     with data.one_line_errors():
         scenes = load_scenes(config, "train").to(device)
     times = []
     for step, parts in zip(range(14 * every), batches(config, scenes, 0, device)):
-        loss = train_step(forward, optimizer, parts, config, step, dtype)
+        loss = train_step(compiled, optimizer, parts, config, step, dtype)
         if step % every == every - 1:  # waiting after every step would stop Python from working ahead of a GPU
             loss.item()
             times.append(time.perf_counter())
     ms = sorted(round(1e3 * (end - start) / every, 2) for start, end in zip(times[2:], times[3:]))
     memory = round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else None
     if RANK == 0:
-        print(json.dumps({"data": config.data, "task": config.task, "batch_size": config.batch_size,
-                          "device": str(device), "processes": WORLD_SIZE, "threads": torch.get_num_threads(),
-                          "dtype": str(dtype).removeprefix("torch."), "ms": [ms[len(ms) // 2], ms[0], ms[-1]],
-                          "images_per_s": round(1e3 * config.batch_size / ms[len(ms) // 2], 2),
-                          "peak_memory_gb": memory}))
+        print(json.dumps({"data": config.data, "batch_size": config.batch_size, "device": str(device),
+                          "dtype": str(dtype), "images_per_s": round(1e3 * config.batch_size / ms[len(ms) // 2], 2),
+                          "ms": [ms[len(ms) // 2], ms[0], ms[-1]], "peak_memory_gb": memory}))
 
 
 def parse(argv):
@@ -421,11 +412,10 @@ def parse(argv):
         parser.set_defaults(**{**paper, **(small if args.small or not args.data else {}), "data": experiment[1]})
     else:
         parser.error("there is no --task {} for --data {}".format(*experiment))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # again: the defaults are now the experiment's, or the run's
     config = argparse.Namespace(**{key: getattr(args, key) for key in DEFAULTS})
     if config.batch_size % (WORLD_SIZE * config.accumulate):
-        parser.error(f"--batch-size {config.batch_size} cannot be shared out among {WORLD_SIZE} processes x "
-                     f"{config.accumulate} parts (--accumulate)")
+        parser.error(f"--batch-size must be a multiple of {WORLD_SIZE} processes x --accumulate {config.accumulate}")
     if config.task == "set_prediction" and config.num_slots > 16:
         parser.error("--num-slots: the matching of set prediction takes 16 at most")
     if args.resume and config.muon != checkpoint["config"].get("muon", False):
@@ -434,7 +424,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    args, config, checkpoint = parse(sys.argv[1:] if argv is None else argv)
+    args, config, checkpoint = parse(argv)
     if args.benchmark:
         return benchmark(config)
     if args.eval:
