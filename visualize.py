@@ -22,8 +22,8 @@ import data
 from slot_attention import SlotAttentionClassifier, load_model
 
 DEMO = Path(__file__).resolve().parent / "assets" / "demo.pt"
-NAMES = "tab:blue tab:orange tab:green tab:red tab:purple tab:brown tab:pink tab:olive tab:cyan navy gold lime".split()
-COLORS = torch.tensor(to_rgba_array(NAMES)[:, :3]).float().repeat(9, 1)   # the slots' in every figure; no greys
+NAMES = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 navy saddlebrown lime darkviolet teal".split()
+COLORS = torch.tensor(to_rgba_array(NAMES)[:, :3]).float().repeat(9, 1)   # the slots' in every figure: Okabe and Ito's
 
 
 def to_rgb(picture):
@@ -39,7 +39,7 @@ def attention_over(image, attn):
 
 
 def scene_row(image, output, i, attention=False):
-    """Scene i: image, reconstruction, all slots' shares, then each slot's picture on white, or its attention."""
+    """Scene i: image, reconstruction, all masks in the slots' colours, each slot's masked picture or its attention."""
     weights = output.masks[i, :, 0]                                           # [K, H, W], over K they sum to 1
     slots = 1 + weights[..., None] * (to_rgb(output.recons[i]) - 1)           # [K, H, W, 3]
     if attention:
@@ -54,7 +54,7 @@ def figure_3(name, images, outputs, parts="abc"):
     steps = [(f"iteration {t}", output) for t, output in outputs.items()]
     attention = [(label, scene_row(images[0], output, 0, attention=True)) for label, output in steps]
     decomposition = [(label, scene_row(images[0], output, 0)) for label, output in steps]
-    blocks = {"a": (f"(a) Decomposition: {name}", scenes),
+    blocks = {"a": (f"(a) Decomposition: {name}" if "b" in parts else name, scenes),
               "b": ("(b) Attention at each iteration", attention),
               "c": ("(c) Decomposition after each iteration", decomposition)}
     return [blocks[part] for part in parts]
@@ -72,7 +72,7 @@ def draw(blocks, figure=None):
     a row are of the whole scene; then comes one per slot, framed in its colour."""
     columns = max(len(pictures) for _, rows in blocks for _, pictures in rows)
     heights = [len(rows) + 0.6 for _, rows in blocks]
-    heads = ["image", "reconstruction", "all slots"] + [f"slot {k + 1}" for k in range(columns - 3)]
+    heads = ["image", "reconstruction", "all masks"] + [f"slot {k + 1}" for k in range(columns - 3)]
     figure = figure or Figure(figsize=(1.1 * columns + 0.6, 1.1 * sum(heights)), layout="constrained")
     figure.clear()
     parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
