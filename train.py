@@ -125,21 +125,23 @@ def compute_loss(output, batch, slot_loss=0.0, progress=0.0):
 
 def learning_rate(step, config):
     """The official schedule: the warm-up is linear, from 0, and the decay goes on during it. Muon's is linear, to 0."""
-    decay = 1 - step / config.steps if config.muon else 0.5 ** (step / config.decay_steps)
+    decay = 1 - step / config.steps if config.muon != "none" else 0.5 ** (step / config.decay_steps)
     return config.lr * min(1, step / max(config.warmup, 1)) * decay
 
 
 class Muon(torch.optim.Adam):
-    """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all else. Not in the paper: the demo's.
+    """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all else. Not in the paper: the small recipes'.
 
     A matrix moves by its momentum with all singular values set near 1: each direction is learned at the same speed,
     also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
 
-    def __init__(self, model, **settings):
+    def __init__(self, model, layers, **settings):
         super().__init__(model.parameters(), **settings)
-        # All but the first and last layer, which see pixels or make outputs, and what makes slots and positions.
-        self.hidden = [parameter for name, parameter in model.named_parameters()
-                       if parameter.dim() > 1 and not re.search(r"slots_|\.pos\.", name)][1:-1]
+        # All but the first and last layer, which see pixels or make outputs, and what makes slots and positions. A
+        # decoder that learns as fast fits strips of a busy scene before the slots find its objects.
+        others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
+        self.hidden = [parameter for name, parameter in list(model.named_parameters())[1:-2]
+                       if parameter.dim() > 1 and not re.search(others, name)]
 
     @torch.no_grad()
     def step(self):
@@ -251,7 +253,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "eval_count": (320, COUNT, "scenes for evaluation, at most"),
     "batch_size": (64, COUNT, "scenes in a step"),
     "steps": (500_000, COUNT, "steps"),
-    "muon": (False, bool, "Muon for the hidden layers' matrices, in place of Adam, and a linear decay to 0"),
+    "muon": ("none", ["none", "encoder", "all"], "Muon for hidden matrices (encoder: not the decoder's), linear decay"),
     "lr": (4e-4, number(float, 1e-12, 1e12), "learning rate of Adam; Muon's is 10 times this"),
     "warmup": (10_000, COUNT_OR_0, "steps until the learning rate is reached"),
     "decay_steps": (100_000, COUNT, "the learning rate halves over this many steps, smoothly"),
@@ -271,10 +273,11 @@ SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects
             steps=150_000, warmup=1_000, decay_steps=50_000)
 SMALL = dict(implicit=True, encoder_channels=32, encoder_strides=(1, 2, 1), batch_size=32, warmup=100, beta2=0.95,
              clip=1.0, slot_loss=0.5, eval_every=500, compile=False)
-SMALL_35 = dict(SMALL, muon=True, lr=1.6e-3, num_iterations=10, train_iterations=5, position_scale=0.3,
+SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, num_iterations=10, train_iterations=5, position_scale=0.3,
                 decoder_channels=64, decoder_kernel=3, pixel_shuffle=3, steps=3_000, train_count=40_000, eval_count=512)
-SMALL_64 = dict(SMALL, learned_queries=True, num_iterations=4, resolution=64, decoder_channels=32,
-                decoder_strides=(1, 1), pixel_shuffle=4, lr=2e-3, steps=6_000, decay_steps=1_500, train_count=10_000)
+SMALL_64 = dict(SMALL, muon="encoder", lr=2e-3, num_iterations=8, train_iterations=5, position_scale=0.3, slot_loss=0.3,
+                resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, steps=4_000,
+                train_count=10_000)
 SMALL_DSPRITES = dict(SMALL_64, train_count=40_000, batch_size=16, steps=12_000, decay_steps=3_000)
 SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, encoder_strides=(2, 2, 2, 1), lr=2e-3, steps=8_000,
                   decay_steps=2_000, train_count=10_000, eval_count=1_000)
@@ -353,7 +356,8 @@ def set_up(config, checkpoint=None):
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
     compiled = torch.compile(model) if config.compile and cuda else model
     settings = {"betas": (0.9, config.beta2), "fused": True}
-    optimizer = Muon(model, **settings) if config.muon else torch.optim.Adam(model.parameters(), **settings)
+    adam = config.muon == "none"
+    optimizer = torch.optim.Adam(model.parameters(), **settings) if adam else Muon(model, config.muon, **settings)
     if checkpoint and "optimizer" in checkpoint:  # its state alone: the settings are the config's
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
         for parameter, state in optimizer.state.items():  # in the parameters' layout, which a dtype may have changed
@@ -418,7 +422,7 @@ def parse(argv):
         parser.error(f"--batch-size must be a multiple of {WORLD_SIZE} processes x --accumulate {config.accumulate}")
     if config.task == "set_prediction" and config.num_slots > 16:
         parser.error("--num-slots: the matching of set prediction takes 16 at most")
-    if args.resume and config.muon != checkpoint["config"].get("muon", False):
+    if args.resume and config.muon != checkpoint["config"].get("muon", "none"):
         parser.error("--muon cannot change when a run goes on")
     return args, config, checkpoint
 
