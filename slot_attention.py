@@ -61,7 +61,7 @@ class SlotAttention(nn.Module):
 
     def init_slots(self, noise):
         """Standard normal noise [B, K, D] -> initial slots [B, K, D] ~ N(mu, sigma)."""
-        mu = self.slots_mu.repeat(1, noise.shape[1], 1)[:, :noise.shape[1]]   # [1, K, D]: more slots than means share
+        mu = self.slots_mu.repeat(1, noise.shape[1], 1)[:, :noise.shape[1]]   # [1, K, D]; then from the first
         return mu + self.slots_log_sigma.exp() * noise
 
     def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):
@@ -77,7 +77,7 @@ class SlotAttention(nn.Module):
             k, v = k.to(slots.dtype), v.to(slots.dtype)
             for _ in range(num_iterations or self.num_iterations):
                 if self.implicit:
-                    slots = slots.detach() + (init - init.detach())           # its value; the gradient goes to init
+                    slots = slots.detach() + (init - init.detach())           # value: slots; gradient: straight to init
                 slots_prev = slots
                 q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5                # [B, K, D]
                 attn = (q @ k.transpose(1, 2)).softmax(dim=1)                 # [B, K, N]; eq. 1: the slots compete
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
         keras_init(self)
 
     def forward(self, slots):
-        if isinstance(self.cnn[0], Conv2dSame):                               # the same as below with less work
+        if isinstance(self.cnn[0], Conv2dSame):                               # stride 1: no need to broadcast
             x = self.cnn[1:](self.first_convolution(slots))
         else:
             x = self.cnn(self.pos(slots[:, :, None, None].expand(-1, -1, *self.grid_size)))
@@ -221,7 +221,7 @@ class Decoder(nn.Module):
         conv(position). A slot is constant over the grid: conv(slot) is the slot times the kernel's taps in the grid."""
         conv, k = self.cnn[0], self.cnn[0].kernel_size[0]
         position = conv(self.pos(slots.new_zeros(1, slots.shape[1], *self.grid_size)))               # [1, C, h, w]
-        inside = F.unfold(slots.new_ones(1, 1, *self.grid_size), k, padding=k // 2)[0].T             # [h * w, k * k]
+        inside = F.unfold(slots.new_ones(1, 1, *self.grid_size), k, padding=k // 2)[0].T  # [h * w, k * k]: tap inside?
         taps = slots @ conv.weight.permute(1, 2, 3, 0).flatten(1)                                    # [M, k * k * C]
         x = inside @ taps.unflatten(1, (k * k, -1))                                                  # [M, h * w, C]
         return x.unflatten(1, self.grid_size).permute(0, 3, 1, 2) + position
