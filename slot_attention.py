@@ -61,7 +61,7 @@ class SlotAttention(nn.Module):
 
     def init_slots(self, noise):
         """Standard normal noise [B, K, D] -> initial slots [B, K, D] ~ N(mu, sigma)."""
-        mu = self.slots_mu.repeat(1, noise.shape[1], 1)[:, :noise.shape[1]]   # [1, K, D]; then from the first
+        mu = self.slots_mu.repeat(1, noise.shape[1], 1)[:, :noise.shape[1]]   # [1, K, D]: too few means repeat
         return mu + self.slots_log_sigma.exp() * noise
 
     def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):

@@ -641,14 +641,14 @@ def test_muon_makes_every_direction_equally_fast():
     """The update of a hidden matrix has singular values near 1, whatever the gradient's; all else is Adam's."""
     _, config, _ = train.parse(["--small", "--data", "tetrominoes"])
     model = sa.build_model(vars(config))
-    optimizer, before = train.Muon(model, "all", betas=(0.9, 0.95)), [p.detach().clone() for p in model.parameters()]
+    optimizer, before = train.Muon(model, "all", lr=0.1), [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizer.param_groups[0]["lr"] = 0.1
     optimizer.step()
-    assert train.learning_rate(config.steps // 4, config) == 0.75 * config.lr  # to 0 at the end
     matrices = {id(parameter) for parameter in optimizer.hidden}
-    assert len(matrices) == 14 == 3 + len(train.Muon(model, "encoder").hidden)  # the decoder has three of them
+    assert train.learning_rate(config.steps // 4, config) == 0.75 * config.lr  # to 0 at the end
+    assert len(matrices) == 14 and id(model.encoder.cnn[0].weight) not in matrices
+    assert len(train.Muon(model, "encoder").hidden) == 11  # not the decoder's three
     for (name, parameter), old in zip(model.named_parameters(), before):
         update = (parameter - old).detach()
         if id(parameter) in matrices:

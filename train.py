@@ -278,7 +278,7 @@ SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, num_iterations=10, train_iteration
 SMALL_64 = dict(SMALL, muon="encoder", lr=2e-3, num_iterations=8, train_iterations=5, position_scale=0.3, slot_loss=0.3,
                 resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, steps=4_000,
                 train_count=10_000)
-SMALL_DSPRITES = dict(SMALL_64, train_count=40_000, batch_size=16, steps=12_000, decay_steps=3_000)
+SMALL_DSPRITES = dict(SMALL_64, train_count=40_000, batch_size=16, steps=12_000)
 SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, encoder_strides=(2, 2, 2, 1), lr=2e-3, steps=8_000,
                   decay_steps=2_000, train_count=10_000, eval_count=1_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
@@ -383,9 +383,10 @@ def benchmark(config):
     ms = sorted(round(1e3 * (end - start) / every, 2) for start, end in zip(times[2:], times[3:]))
     memory = round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else None
     if RANK == 0:
-        print(json.dumps({"data": config.data, "batch_size": config.batch_size, "device": str(device),
-                          "dtype": str(dtype), "images_per_s": round(1e3 * config.batch_size / ms[len(ms) // 2], 2),
-                          "ms": [ms[len(ms) // 2], ms[0], ms[-1]], "peak_memory_gb": memory}))
+        print(json.dumps({"task": config.task, "data": config.data, "batch_size": config.batch_size,
+                          "device": str(device), "dtype": str(dtype), "peak_memory_gb": memory,
+                          "images_per_s": round(1e3 * config.batch_size / ms[len(ms) // 2], 2),
+                          "ms": [ms[len(ms) // 2], ms[0], ms[-1]]}))
 
 
 def parse(argv):

@@ -23,7 +23,7 @@ from slot_attention import SlotAttentionClassifier, load_model
 
 DEMO = Path(__file__).resolve().parent / "assets" / "demo.pt"
 NAMES = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 navy saddlebrown lime darkviolet teal".split()
-COLORS = torch.tensor(to_rgba_array(NAMES)[:, :3]).float().repeat(9, 1)   # the slots' in every figure: Okabe and Ito's
+COLORS = torch.tensor(to_rgba_array(NAMES)[:, :3]).float().repeat(9, 1)   # the slots'; first Okabe and Ito's
 
 
 def to_rgb(picture):
