@@ -2,8 +2,7 @@
 
     python train.py                              the demo: minutes on two CPU cores
     python train.py --data clevr                 the paper's recipe for CLEVR6; every value of it is a flag
-    python train.py --resume runs/clevr          go on
-    python train.py --eval runs/clevr            evaluate
+    python train.py --resume runs/clevr          go on; --eval runs/clevr: evaluate
     torchrun --nproc_per_node=N train.py ...     on N GPUs, or N processes on the CPU: the same training
 
 A run is one folder: checkpoint.pt, log.jsonl (one JSON object a line) and figure.png.
@@ -18,7 +17,6 @@ import re
 import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -63,14 +61,12 @@ def train(config, out, checkpoint=None):
             dist.all_reduce(total)
         loss, stopped = total.tolist()
         loss /= step - since
-        elapsed = time.perf_counter() - clock
-        seconds += elapsed
+        seconds += time.perf_counter() - clock
         result = evaluate(model, config, held_out, device, dtype) if at_eval and RANK == 0 else {}
         line = json.dumps({"step": step, "loss": loss, "seconds": round(seconds, 1), **result}) + "\n"
         text += line
-        data.say(f"step {step:,}/{config.steps:,}  loss {loss:.5f}  "
-                 f"{(step - since) * config.batch_size / elapsed:,.0f} images/s  "
-                 f"{seconds / step * (config.steps - step) / 60:.1f} min left  {json.dumps(result)[1:-1]}")
+        data.say(f"step {step:,}/{config.steps:,}  {seconds / step * (config.steps - step) / 60:.1f} min left  "
+                 f"{step * config.batch_size / seconds:,.0f} images/s  loss {loss:.5f}  {json.dumps(result)[1:-1]}")
         with data.one_line_errors():
             if at_eval or stopped or not math.isfinite(loss):
                 save(out, config, model, optimizer, step, seconds, text, loss + result.get("eval_loss", 0.0))
@@ -80,9 +76,6 @@ def train(config, out, checkpoint=None):
             sys.exit(128 + max(stop, default=signal.SIGTERM))
         total.zero_()
         since, clock = step, time.perf_counter()
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
-    data.say(f"trained in {seconds / 60:.1f} minutes; evaluate with: python train.py --eval {out}")
 
 
 def train_step(model, optimizer, parts, config, step, dtype):
@@ -95,7 +88,7 @@ def train_step(model, optimizer, parts, config, step, dtype):
         with torch.autocast(batch["image"].device.type, dtype, enabled=dtype != torch.float32):
             output = model(batch["image"], slots=model.slot_attention.init_slots(batch["noise"]),
                            num_iterations=config.train_iterations)
-        loss = compute_loss(output, batch, config.slot_loss, step / config.steps) / (len(parts) * WORLD_SIZE)
+        loss = compute_loss(output, batch, config, step / config.steps) / (len(parts) * WORLD_SIZE)
         loss.backward()
         total += loss.detach()
     if WORLD_SIZE > 1:
@@ -107,20 +100,20 @@ def train_step(model, optimizer, parts, config, step, dtype):
     return total
 
 
-def compute_loss(output, batch, slot_loss=0.0, progress=0.0):
+def compute_loss(output, batch, config=None, progress=0.0):
     """Mean squared error over batch, pixels and channels (section 2.2), or the set prediction's loss (section 2.3).
 
     Not in the paper: as progress goes from 0 to 1, up to slot_loss of the error gives way to the slots' own errors,
-    which are larger where masks overlap and pictures differ: each pixel is left to one slot. Where all slots are right,
-    as about a black background, a late reward for large masks leaves it to one of them."""
+    larger where masks overlap and pictures differ: each pixel is left to one slot. What all slots paint right, as a
+    black background, is left to one of them by a late reward for large masks, up to large_masks."""
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
     error = F.mse_loss(output.recon_combined, batch["image"])
-    if slot_loss == 0:
+    if not config or config.slot_loss == 0:
         return error
     own = (output.masks * (output.recons - batch["image"][:, None]) ** 2).sum(dim=1).mean()
     large = (output.masks.mean(dim=(2, 3, 4)) ** 2).sum(dim=1).mean()
-    return error + progress * slot_loss * (own - error) - 0.008 * slot_loss * progress ** 8 * large
+    return error + config.slot_loss * progress ** 3 * (own - error) - config.large_masks * progress ** 8 * large
 
 
 def learning_rate(step, config):
@@ -135,10 +128,9 @@ class Muon(torch.optim.Adam):
     A matrix moves by its momentum with all singular values set near 1: each direction is learned at the same speed,
     also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
 
-    def __init__(self, model, layers, **settings):
-        super().__init__(model.parameters(), **settings)
-        # All but the first and last layer, which see pixels or make outputs, and what makes slots and positions. A
-        # decoder that learns as fast fits strips of a busy scene before the slots find its objects.
+    def __init__(self, model, layers):
+        super().__init__(model.parameters(), betas=(0.9, 0.95), fused=True)
+        # Not the first and last layer, nor what makes slots and positions. A decoder as fast may end in strips.
         others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
         self.hidden = [parameter for name, parameter in list(model.named_parameters())[1:-2]
                        if parameter.dim() > 1 and not re.search(others, name)]
@@ -214,10 +206,7 @@ def evaluate(model, config, scenes, device, dtype, num_iterations=None):
 def print_evaluation(config, checkpoint):
     """Section 4.1's generalisation: the metrics after each number of iterations, on any number of objects and slots."""
     device, dtype, model, *_ = set_up(config, checkpoint)
-    with data.one_line_errors():
-        scenes = load_scenes(config, "eval").to(device)
-    if RANK > 0:
-        return
+    scenes = load_scenes(config, "eval").to(device)
     print(f"{len(scenes):,} held-out scenes of {scenes.source}, {config.num_slots} slots")
     for iterations in range(1, max(8, config.num_iterations) + 1):
         result = evaluate(model, config, scenes, device, dtype, iterations)
@@ -257,9 +246,9 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "lr": (4e-4, number(float, 1e-12, 1e12), "learning rate of Adam; Muon's is 10 times this"),
     "warmup": (10_000, COUNT_OR_0, "steps until the learning rate is reached"),
     "decay_steps": (100_000, COUNT, "the learning rate halves over this many steps, smoothly"),
-    "beta2": (0.999, number(float, 0, 0.999999), "Adam's decay of the squared gradients"),
     "clip": (0.0, number(float, 0, 1e12), "largest norm of the gradient; 0: any"),
     "slot_loss": (0.0, number(float, 0, 1), "weight of the slots' own errors at the last step, see compute_loss"),
+    "large_masks": (0.0, number(float, 0, 1), "weight of the slots' large masks at the last step, with --slot-loss"),
     "eval_every": (5_000, COUNT, "steps between evaluations"),
     "log_every": (10, COUNT, "steps between lines of the log"),
     "accumulate": (1, COUNT, "take each batch in this many parts: less memory, the same gradient"),
@@ -271,27 +260,26 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
 FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), train_count=60_000)
 SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000, batch_size=512,
             steps=150_000, warmup=1_000, decay_steps=50_000)
-SMALL = dict(implicit=True, encoder_channels=32, encoder_strides=(1, 2, 1), batch_size=32, warmup=100, beta2=0.95,
-             clip=1.0, slot_loss=0.5, eval_every=500, compile=False)
-SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, num_iterations=10, train_iterations=5, position_scale=0.3,
-                decoder_channels=64, decoder_kernel=3, pixel_shuffle=3, steps=3_000, train_count=40_000, eval_count=512)
-SMALL_64 = dict(SMALL, muon="encoder", lr=2e-3, num_iterations=8, train_iterations=5, position_scale=0.3, slot_loss=0.3,
-                resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, steps=4_000,
-                train_count=10_000)
-SMALL_DSPRITES = dict(SMALL_64, train_count=40_000, batch_size=16, steps=12_000)
-SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, encoder_strides=(2, 2, 2, 1), lr=2e-3, steps=8_000,
-                  decay_steps=2_000, train_count=10_000, eval_count=1_000)
+SMALL = dict(muon="encoder", lr=2e-3, warmup=100, clip=1.0, slot_loss=0.5, implicit=True, num_iterations=8,
+             train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1), position_scale=0.3, batch_size=32,
+             eval_every=500, compile=False)
+SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, large_masks=0.004, num_iterations=10, decoder_channels=64,
+                decoder_kernel=3, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=3_000)
+SMALL_64 = dict(SMALL, resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, train_count=10_000,
+                steps=8_000)
+SMALL_SETS = dict(SMALL, muon="none", decay_steps=2_000, learned_queries=True, num_iterations=4, train_iterations=4,
+                  encoder_strides=(2, 2, 2, 1), position_scale=1.0, train_count=10_000, eval_count=1_000, steps=8_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
     ("object_discovery", "clevr"): ({}, SMALL_64),
     ("object_discovery", "clevr_like"): ({}, SMALL_64),
-    ("object_discovery", "multi_dsprites"): (dict(FULL_SIZE, num_slots=6, resolution=64), SMALL_DSPRITES),
-    ("object_discovery", "multi_dsprites_on_colored"): (dict(FULL_SIZE, num_slots=5, resolution=64), SMALL_DSPRITES),
+    ("object_discovery", "multi_dsprites"): (dict(FULL_SIZE, num_slots=6, resolution=64), SMALL_64),
+    ("object_discovery", "multi_dsprites_on_colored"): (dict(FULL_SIZE, num_slots=5, resolution=64), SMALL_64),
     ("object_discovery", "tetrominoes"): (dict(FULL_SIZE, num_slots=4, resolution=35), SMALL_35),
     ("set_prediction", "clevr"): (SETS, SMALL_SETS),
     ("set_prediction", "clevr_like"): (SETS, SMALL_SETS),
 }
 
-# --- A run: its folder, device, precision and processes --------------------------------------------------------------
+# --- Runs and the command line ---------------------------------------------------------------------------------------
 
 
 def save(out, config, model, optimizer, step, seconds, text, loss=0.0):
@@ -300,18 +288,17 @@ def save(out, config, model, optimizer, step, seconds, text, loss=0.0):
                "seconds": seconds, "log": text}
     means = [value for state in content["optimizer"]["state"].values() for value in state.values()]
     if not (math.isfinite(loss) and all(value.isfinite().all() for value in [*content["model"].values(), *means])):
-        raise ValueError(f"loss or weights became NaN or infinite by step {step}; {out}/checkpoint.pt is from before. "
-                         "Try a smaller --lr, --clip 1, or --dtype float32")
+        raise ValueError(f"NaN or infinite loss or weights by step {step}, not saved; try a smaller --lr, or --clip 1")
     if RANK == 0:
         with data.whole_file(out / "checkpoint.pt") as part:
             torch.save(content, part)
 
 
+@data.one_line_errors()
 def load_scenes(config, split):
     """A split of the run's dataset."""
-    count = config.train_count if split == "train" else config.eval_count
-    scenes = data.load(config.data, split, config.data_root, count, config.resolution, config.crop, config.min_objects,
-                       config.max_objects)
+    scenes = data.load(config.data, split, config.data_root, getattr(config, f"{split}_count"), config.resolution,
+                       config.crop, config.min_objects, config.max_objects)
     if split == "train" and len(scenes) < config.batch_size:
         raise ValueError(f"--batch-size {config.batch_size} is more than the {len(scenes)} training scenes there are")
     return scenes
@@ -320,9 +307,8 @@ def load_scenes(config, split):
 def catch_signals():
     """-> a list, to which Ctrl-C, SIGTERM and SIGHUP will add their number: the loop saves and stops."""
     stop = []
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        caught = getattr(signal, name, None)  # Windows has no SIGHUP
-        if caught and signal.getsignal(caught) != signal.SIG_IGN:  # as under nohup
+    for caught in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+        if signal.getsignal(caught) != signal.SIG_IGN:  # as under nohup
             signal.signal(caught, lambda number, frame: stop.append(number))
     return stop
 
@@ -339,41 +325,30 @@ def set_up(config, checkpoint=None):
         libc = ctypes.CDLL("libc.so.6")  # maps new pages for each large tensor; clearing them is 1/8 of a step. So:
         libc.mallopt(-4, 0)              # M_MMAP_MAX: take all from the heap,
         libc.mallopt(-1, -1)             # M_TRIM_THRESHOLD: and keep what is freed
-    if WORLD_SIZE > 1:  # the timeout: the others wait while the first evaluates
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
     # auto: bfloat16 where the hardware multiplies in it. Other CPUs emulate it, 50 times slower than float32.
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     fast = torch.cuda.get_device_capability()[0] >= 8 if cuda else re.search("avx512_bf16|amx_bf16", cpuinfo)
-    auto = torch.bfloat16 if fast else torch.float32
-    dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype, torch.bfloat16 if fast else torch.float32)
     with data.one_line_errors():
-        if checkpoint:  # learned queries are as many as in training; a call may ask for other slots
-            model_config = {**vars(config), "num_slots": checkpoint["config"].get("num_slots")}
-            model = load_model({**checkpoint, "config": model_config})
-        else:
-            model = build_model(vars(config))
+        model = load_model({**checkpoint, "config": vars(config)}) if checkpoint else build_model(vars(config))
     # The weights' layout decides that of the maps: the fastest for convolutions.
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
     compiled = torch.compile(model) if config.compile and cuda else model
-    settings = {"betas": (0.9, config.beta2), "fused": True}
-    adam = config.muon == "none"
-    optimizer = torch.optim.Adam(model.parameters(), **settings) if adam else Muon(model, config.muon, **settings)
-    if checkpoint and "optimizer" in checkpoint:  # its state alone: the settings are the config's
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]["state"]})
+    optimizer = Muon(model, config.muon) if config.muon != "none" else torch.optim.Adam(model.parameters(), fused=True)
+    if checkpoint and "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
         for parameter, state in optimizer.state.items():  # in the parameters' layout, which a dtype may have changed
             state.update({key: torch.empty_like(parameter).copy_(value) for key, value in state.items() if value.dim()})
     return device, dtype, model, compiled, optimizer
-
-
-# --- Command line ----------------------------------------------------------------------------------------------------
 
 
 def benchmark(config):
     """Prints one JSON line: images a second; milliseconds of a training step, median, least, most; peak memory."""
     device, dtype, model, compiled, optimizer = set_up(config)
     config.train_count, every = 2 * config.batch_size, 10 if device.type == "cuda" else 1
-    with data.one_line_errors():
-        scenes = load_scenes(config, "train").to(device)
+    scenes = load_scenes(config, "train").to(device)
     times = []
     for step, parts in zip(range(14 * every), batches(config, scenes, 0, device)):
         loss = train_step(compiled, optimizer, parts, config, step, dtype)
@@ -381,12 +356,11 @@ def benchmark(config):
             loss.item()
             times.append(time.perf_counter())
     ms = sorted(round(1e3 * (end - start) / every, 2) for start, end in zip(times[2:], times[3:]))
-    memory = round(torch.cuda.max_memory_allocated() / 1e9, 2) if device.type == "cuda" else None
     if RANK == 0:
         print(json.dumps({"task": config.task, "data": config.data, "batch_size": config.batch_size,
-                          "device": str(device), "dtype": str(dtype), "peak_memory_gb": memory,
+                          "device": str(device), "dtype": str(dtype), "ms": [ms[len(ms) // 2], ms[0], ms[-1]],
                           "images_per_s": round(1e3 * config.batch_size / ms[len(ms) // 2], 2),
-                          "ms": [ms[len(ms) // 2], ms[0], ms[-1]]}))
+                          "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}))
 
 
 def parse(argv):
@@ -423,8 +397,11 @@ def parse(argv):
         parser.error(f"--batch-size must be a multiple of {WORLD_SIZE} processes x --accumulate {config.accumulate}")
     if config.task == "set_prediction" and config.num_slots > 16:
         parser.error("--num-slots: the matching of set prediction takes 16 at most")
-    if args.resume and config.muon != checkpoint["config"].get("muon", "none"):
-        parser.error("--muon cannot change when a run goes on")
+    args.out = Path(args.resume or args.out or f"runs/{config.data}")
+    if RANK == 0 and not (run or args.benchmark) and (args.out / "checkpoint.pt").exists():
+        parser.error(f"{args.out}/ holds a run: go on with --resume {args.out}, or choose another --out")
+    if args.resume and ("optimizer" not in checkpoint or config.muon != checkpoint["config"].get("muon")):
+        parser.error("--resume goes on with a run's folder, not with weights alone, and with the run's --muon")
     return args, config, checkpoint
 
 
@@ -434,15 +411,9 @@ def main(argv=None):
         return benchmark(config)
     if args.eval:
         return print_evaluation(config, checkpoint)
-    out = Path(args.resume or args.out or f"runs/{config.data}")
-    with data.one_line_errors():
-        if args.resume and not (out.is_dir() and "optimizer" in checkpoint):
-            raise ValueError(f"--resume goes on with a run's folder; {out} is to draw and to evaluate")
-        if RANK == 0 and not args.resume and (out / "checkpoint.pt").exists():
-            raise ValueError(f"{out}/ holds a run: go on with --resume {out}, or choose another --out")
-    train(config, out, checkpoint)
+    train(config, args.out, checkpoint)
     if RANK == 0:
-        visualize.main([str(out)])
+        visualize.main([str(args.out)])
 
 
 if __name__ == "__main__":
