@@ -1,7 +1,7 @@
 """Slot Attention in PyTorch: "Object-Centric Learning with Slot Attention", Locatello et al., NeurIPS 2020.
 
-Outputs, losses and gradients equal those of the official TensorFlow code. Section and equation numbers, and the symbols
-in shapes, are the paper's, https://arxiv.org/abs/2006.15055:
+By default outputs, losses and gradients equal those of the official TensorFlow code. Section and equation numbers, and
+the symbols in shapes, are the paper's, https://arxiv.org/abs/2006.15055:
 
     B  images in a batch    N  input features, h * w of the encoder's grid   D  size of a slot (D_in: of an input)
     K  slots                T  iterations of attention                       H, W  size of an image (h, w: of a grid)"""
@@ -61,7 +61,7 @@ class SlotAttention(nn.Module):
 
     def init_slots(self, noise):
         """Standard normal noise [B, K, D] -> initial slots [B, K, D] ~ N(mu, sigma)."""
-        mu = self.slots_mu.repeat(1, noise.shape[1], 1)[:, :noise.shape[1]]   # [1, K, D]: too few means repeat
+        mu = self.slots_mu.repeat(1, noise.shape[1], 1)[:, :noise.shape[1]]   # [1, K, D]: one mean, or a few, repeated
         return mu + self.slots_log_sigma.exp() * noise
 
     def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):
@@ -94,7 +94,7 @@ class SlotAttention(nn.Module):
 
 
 class Decomposition(NamedTuple):
-    """Images taken apart. Pictures are in [-1, 1] as the images, not clipped; masks sum to 1 over the slots."""
+    """Images taken apart. Pictures have the images' range, [-1, 1], unclipped; masks sum to 1 over the slots."""
     recon_combined: torch.Tensor  # [B, 3, H, W]
     recons: torch.Tensor          # [B, K, 3, H, W]
     masks: torch.Tensor           # [B, K, 1, H, W]
@@ -165,8 +165,8 @@ class SlotAttentionClassifier(nn.Module):
 
 class Encoder(nn.Module):
     """A CNN with a 5x5 convolution for each of the strides, position embedding, LayerNorm, MLP (appendix E):
-    image [B, 3, H, W] -> features [B, N, D], N = h * w. position_scale: of the positions at the start. If they are as
-    large as in the paper, slots may share out the picture by place, for good."""
+    image [B, 3, H, W] -> features [B, N, D], N = h * w. position_scale: a factor of the position embedding's first
+    weights. At 1, as in the paper, slots may share out the picture by place, for good."""
 
     def __init__(self, resolution, channels, strides, dim, position_scale=1.0):
         super().__init__()
@@ -182,7 +182,7 @@ class Encoder(nn.Module):
         self.pos.dense.weight.data *= position_scale
 
     def forward(self, image):
-        x = self.cnn(image.contiguous())       # [B, C, h, w], in memory as the weights: channels_last if they are
+        x = self.cnn(image.contiguous())       # [B, C, h, w], in the weights' memory format
         x = self.pos(x).flatten(2).transpose(1, 2)                            # [B, N, C]
         return self.mlp(self.layer_norm(x))                                   # [B, N, D]
 
@@ -248,7 +248,7 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
         k, stride = self.kernel_size[0], self.stride[0]
         y = F.conv_transpose2d(x, self.weight, None, stride, padding=(k - stride) // 2)
         y = y[:, :, :stride * x.shape[2], :stride * x.shape[3]]
-        return y + self.bias.to(y.dtype).view(-1, 1, 1)                       # apart: oneDNN's gradient of it is slow
+        return y + self.bias.to(y.dtype).view(-1, 1, 1)                       # apart: oneDNN's bias gradient is slow
 
 
 class SoftPositionEmbed(nn.Module):
@@ -290,16 +290,16 @@ def adjusted_rand_index(true_mask, pred_mask):
     n_ij.index_put_((image, true_mask.argmax(dim=2), pred_mask.argmax(dim=2)), counted, accumulate=True)   # [B, Gt, Gp]
     counts = n_ij, n_ij.sum(dim=2), n_ij.sum(dim=1), n_ij.sum(dim=(1, 2))[:, None]
     # ordered pairs of points that share a group: in both segmentations, in the true, in the predicted; and all pairs
-    both, a, b, n = ((count * (count - 1)).flatten(1).sum(dim=1).float() for count in counts)            # [B]
-    expected = a * (b / n.clamp(min=1))
-    maximum = (a + b) / 2
+    both, true, pred, total = ((count * (count - 1)).flatten(1).sum(dim=1).float() for count in counts)  # [B]
+    expected = true * (pred / total.clamp(min=1))
+    maximum = (true + pred) / 2
     return torch.where(maximum == expected, 1.0, (both - expected) / (maximum - expected))
 
 
 def minimum_cost_matching(cost):
     """scipy.optimize.linear_sum_assignment of a whole batch: cost [B, n, m] -> rows (ascending), cols [B, min(n, m)].
-    A dynamic programme: best[S] is the least cost of matching the first |S| rows to the set S of columns. It takes
-    2^max(n, m) steps: ValueError above 16."""
+    A dynamic programme: best[S] is the least cost of matching the first |S| rows to the set S of columns. Its table
+    has 2^max(n, m) rows: ValueError above 16."""
     n, m = cost.shape[1:]
     if n > m:
         cols, rows = minimum_cost_matching(cost.transpose(1, 2))
@@ -408,7 +408,7 @@ def load_official_weights(model, variables):
         if value.dim() == 4:
             value = value.permute(3, 2, 0, 1)                                 # [k, k, in, out] -> [out, in, k, k]
             if name.startswith("decoder") and isinstance(layers.get(name.removesuffix(".weight")), Conv2dSame):
-                value = value.transpose(0, 1).flip(2, 3)                      # transposed there, not so here
+                value = value.transpose(0, 1).flip(2, 3)                      # theirs is transposed, ours not
         elif "weight" in name:
             value = value.t()
         state[name] = value

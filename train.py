@@ -45,8 +45,7 @@ def train(config, out, checkpoint=None):
         log = data.open_log(out / "log.jsonl", text)
         if not checkpoint:
             save(out, config, model, optimizer, start, seconds, text)
-    data.say(f"{scenes.source}: {len(scenes):,} scenes, {len(held_out):,} held out; {WORLD_SIZE} x {device}, {dtype}; "
-             f"writing to {out}/")
+    data.say(f"{scenes.source}: {len(scenes)} scenes, {len(held_out)} held out; {WORLD_SIZE} {device}, {dtype}; {out}")
 
     stop, since, clock = catch_signals(), start, time.perf_counter()
     total = torch.zeros(2, device=device)  # sum of the losses since the last line; number of signals
@@ -79,7 +78,7 @@ def train(config, out, checkpoint=None):
 
 
 def train_step(model, optimizer, parts, config, step, dtype):
-    """One step on this process's parts of a batch -> their share of its mean loss, whose reading waits for the GPU."""
+    """One step on this process's parts of a batch -> their share of its mean loss, not read: that waits for a GPU."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     optimizer.zero_grad()
@@ -117,7 +116,7 @@ def compute_loss(output, batch, config=None, progress=0.0):
 
 
 def learning_rate(step, config):
-    """The official schedule: the warm-up is linear, from 0, and the decay goes on during it. Muon's is linear, to 0."""
+    """The official schedule: a linear warm-up, from 0, during which the decay goes on. Muon's decay is linear, to 0."""
     decay = 1 - step / config.steps if config.muon != "none" else 0.5 ** (step / config.decay_steps)
     return config.lr * min(1, step / max(config.warmup, 1)) * decay
 
@@ -130,7 +129,7 @@ class Muon(torch.optim.Adam):
 
     def __init__(self, model, layers):
         super().__init__(model.parameters(), betas=(0.9, 0.95), fused=True)
-        # Not the first and last layer, nor what makes slots and positions. A decoder as fast may end in strips.
+        # Not the first and last layer, nor what makes slots and positions. With the decoder's, slots may end in strips.
         others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
         self.hidden = [parameter for name, parameter in list(model.named_parameters())[1:-2]
                        if parameter.dim() > 1 and not re.search(others, name)]
@@ -219,23 +218,23 @@ COUNT, COUNT_OR_0, SIZE, STRIDE = number(int, 1, 1e9), number(int, 0, 1e9), numb
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choices, meaning
     "task": ("object_discovery", list(MODELS), "what to learn"),
-    "data": (None, list(data.DATA), "the experiment; without it the demo: --data tetrominoes --small"),
+    "data": (None, list(data.DATA), "the dataset; without it the demo: --data tetrominoes --small"),
     "seed": (0, COUNT_OR_0, "of weights, order and noise"),
     "num_slots": (7, SIZE, "slots, K"),
     "num_iterations": (3, SIZE, "iterations of attention, T"),
-    "train_iterations": (None, SIZE, "fewer of them in training: faster, and no slot dies out"),
+    "train_iterations": (None, SIZE, "iterations in training, if fewer: faster, and no slot dies out"),
     "slot_dim": (64, SIZE, "size of a slot, D"),
     "implicit": (False, bool, "one-step gradient: only the last iteration has one (less memory, steadier)"),
     "learned_queries": (False, bool, "a mean of its own for the initial state of each slot"),
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
     "encoder_strides": ((1, 1, 1, 1), STRIDE, "stride of each convolution of the encoder"),
-    "position_scale": (1.0, number(float, 0, 1), "of the encoder's positions at the start; less: less tiling"),
+    "position_scale": (1.0, number(float, 0, 1), "of the encoder's positions at the start; below 1 slots tile less"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), STRIDE, "stride of each transposed convolution of the decoder"),
     "decoder_kernel": (5, [3, 5], "size of the decoder's kernels"),
     "pixel_shuffle": (1, SIZE, "the decoder's last layer makes blocks of this many pixels a side"),
-    "crop": ("paper", ["paper", "official", "none"], "of CLEVR; official: its window in CLEVR_v1.0, off centre"),
+    "crop": ("paper", ["paper", "official", "none"], "of CLEVR; official: that code's window, CLEVR_v1.0 off centre"),
     "min_objects": (0, COUNT_OR_0, "only scenes with at least this many objects"),
     "max_objects": (6, COUNT_OR_0, "only scenes with at most this many objects"),
     "train_count": (70_000, COUNT, "scenes for training, at most"),
@@ -267,8 +266,8 @@ SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, large_masks=0.004, num_iterations=
                 decoder_kernel=3, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=3_000)
 SMALL_64 = dict(SMALL, resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, train_count=10_000,
                 steps=8_000)
-SMALL_SETS = dict(SMALL, muon="none", decay_steps=2_000, learned_queries=True, num_iterations=4, train_iterations=4,
-                  encoder_strides=(2, 2, 2, 1), position_scale=1.0, train_count=10_000, eval_count=1_000, steps=8_000)
+SMALL_SETS = dict(SMALL, lr=1e-3, learned_queries=True, num_iterations=4, train_iterations=4, position_scale=1.0,
+                  encoder_strides=(2, 2, 2, 1), train_count=10_000, eval_count=1_000, steps=8_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
     ("object_discovery", "clevr"): ({}, SMALL_64),
     ("object_discovery", "clevr_like"): ({}, SMALL_64),
@@ -309,7 +308,7 @@ def catch_signals():
     stop = []
     for caught in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(caught) != signal.SIG_IGN:  # as under nohup
-            signal.signal(caught, lambda number, frame: stop.append(number))
+            signal.signal(caught, lambda signum, frame: stop.append(signum))
     return stop
 
 
@@ -322,7 +321,7 @@ def set_up(config, checkpoint=None):
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
     if sys.platform == "linux":
-        libc = ctypes.CDLL("libc.so.6")  # maps new pages for each large tensor; clearing them is 1/8 of a step. So:
+        libc = ctypes.CDLL("libc.so.6")  # gives large tensors back to the system; clearing new pages is 1/8 of a step:
         libc.mallopt(-4, 0)              # M_MMAP_MAX: take all from the heap,
         libc.mallopt(-1, -1)             # M_TRIM_THRESHOLD: and keep what is freed
     if WORLD_SIZE > 1:
@@ -330,7 +329,7 @@ def set_up(config, checkpoint=None):
     # auto: bfloat16 where the hardware multiplies in it. Other CPUs emulate it, 50 times slower than float32.
     cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     fast = torch.cuda.get_device_capability()[0] >= 8 if cuda else re.search("avx512_bf16|amx_bf16", cpuinfo)
-    dtype = getattr(torch, config.dtype, torch.bfloat16 if fast else torch.float32)
+    dtype = getattr(torch, config.dtype, torch.bfloat16 if fast else torch.float32)  # torch has no "auto"
     with data.one_line_errors():
         model = load_model({**checkpoint, "config": vars(config)}) if checkpoint else build_model(vars(config))
     # The weights' layout decides that of the maps: the fastest for convolutions.
@@ -400,7 +399,8 @@ def parse(argv):
     args.out = Path(args.resume or args.out or f"runs/{config.data}")
     if RANK == 0 and not (run or args.benchmark) and (args.out / "checkpoint.pt").exists():
         parser.error(f"{args.out}/ holds a run: go on with --resume {args.out}, or choose another --out")
-    if args.resume and ("optimizer" not in checkpoint or config.muon != checkpoint["config"].get("muon")):
+    if args.resume and not (args.out.is_dir() and "optimizer" in checkpoint
+                            and config.muon == checkpoint["config"].get("muon")):
         parser.error("--resume goes on with a run's folder, not with weights alone, and with the run's --muon")
     return args, config, checkpoint
 
