@@ -104,7 +104,7 @@ def compute_loss(output, batch, config=None, progress=0.0):
 
     Not in the paper: as progress goes from 0 to 1, up to slot_loss of the error gives way to the slots' own errors,
     larger where masks overlap and pictures differ: each pixel is left to one slot. What all slots paint right, as a
-    black background, is left to one of them by a late reward for large masks, up to large_masks."""
+    black background, is left to one of them by a late reward for large masks."""
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
     error = F.mse_loss(output.recon_combined, batch["image"])
@@ -112,7 +112,7 @@ def compute_loss(output, batch, config=None, progress=0.0):
         return error
     own = (output.masks * (output.recons - batch["image"][:, None]) ** 2).sum(dim=1).mean()
     large = (output.masks.mean(dim=(2, 3, 4)) ** 2).sum(dim=1).mean()
-    return error + config.slot_loss * progress ** 3 * (own - error) - config.large_masks * progress ** 8 * large
+    return error + progress * config.slot_loss * (own - error) - 0.008 * config.slot_loss * progress ** 8 * large
 
 
 def learning_rate(step, config):
@@ -247,7 +247,6 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "decay_steps": (100_000, COUNT, "the learning rate halves over this many steps, smoothly"),
     "clip": (0.0, number(float, 0, 1e12), "largest norm of the gradient; 0: any"),
     "slot_loss": (0.0, number(float, 0, 1), "weight of the slots' own errors at the last step, see compute_loss"),
-    "large_masks": (0.0, number(float, 0, 1), "weight of the slots' large masks at the last step, with --slot-loss"),
     "eval_every": (5_000, COUNT, "steps between evaluations"),
     "log_every": (10, COUNT, "steps between lines of the log"),
     "accumulate": (1, COUNT, "take each batch in this many parts: less memory, the same gradient"),
@@ -259,13 +258,13 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
 FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), train_count=60_000)
 SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000, batch_size=512,
             steps=150_000, warmup=1_000, decay_steps=50_000)
-SMALL = dict(muon="encoder", lr=2e-3, warmup=100, clip=1.0, slot_loss=0.5, implicit=True, num_iterations=8,
+SMALL = dict(muon="encoder", lr=2e-3, warmup=100, clip=1.0, slot_loss=0.3, implicit=True, num_iterations=8,
              train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1), position_scale=0.3, batch_size=32,
              eval_every=500, compile=False)
-SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, large_masks=0.004, num_iterations=10, decoder_channels=64,
+SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, slot_loss=0.5, num_iterations=10, decoder_channels=64,
                 decoder_kernel=3, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=3_000)
 SMALL_64 = dict(SMALL, resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, train_count=10_000,
-                steps=8_000)
+                steps=4_000)
 SMALL_SETS = dict(SMALL, lr=1e-3, learned_queries=True, num_iterations=4, train_iterations=4, position_scale=1.0,
                   encoder_strides=(2, 2, 2, 1), train_count=10_000, eval_count=1_000, steps=8_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
