@@ -260,18 +260,19 @@ SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects
             steps=150_000, warmup=1_000, decay_steps=50_000)
 SMALL = dict(muon="encoder", lr=2e-3, warmup=100, clip=1.0, slot_loss=0.3, implicit=True, num_iterations=8,
              train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1), position_scale=0.3, batch_size=32,
-             eval_every=500, compile=False)
+             train_count=10_000, eval_every=500, compile=False)
 SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, slot_loss=0.5, num_iterations=10, decoder_channels=64,
                 decoder_kernel=3, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=3_000)
-SMALL_64 = dict(SMALL, resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, train_count=10_000,
-                steps=4_000)
+SMALL_64 = dict(SMALL, resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, steps=4_000)
+SMALL_DSPRITES = dict(SMALL_64, muon="none", decay_steps=3_000, learned_queries=True, train_count=40_000, batch_size=16,
+                      steps=12_000)
 SMALL_SETS = dict(SMALL, lr=1e-3, learned_queries=True, num_iterations=4, train_iterations=4, position_scale=1.0,
-                  encoder_strides=(2, 2, 2, 1), train_count=10_000, eval_count=1_000, steps=8_000)
+                  encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
     ("object_discovery", "clevr"): ({}, SMALL_64),
     ("object_discovery", "clevr_like"): ({}, SMALL_64),
-    ("object_discovery", "multi_dsprites"): (dict(FULL_SIZE, num_slots=6, resolution=64), SMALL_64),
-    ("object_discovery", "multi_dsprites_on_colored"): (dict(FULL_SIZE, num_slots=5, resolution=64), SMALL_64),
+    ("object_discovery", "multi_dsprites"): (dict(FULL_SIZE, num_slots=6, resolution=64), SMALL_DSPRITES),
+    ("object_discovery", "multi_dsprites_on_colored"): (dict(FULL_SIZE, num_slots=5, resolution=64), SMALL_DSPRITES),
     ("object_discovery", "tetrominoes"): (dict(FULL_SIZE, num_slots=4, resolution=35), SMALL_35),
     ("set_prediction", "clevr"): (SETS, SMALL_SETS),
     ("set_prediction", "clevr_like"): (SETS, SMALL_SETS),
