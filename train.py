@@ -359,7 +359,7 @@ def benchmark(config):
         print(json.dumps({"task": config.task, "data": config.data, "batch_size": config.batch_size,
                           "device": str(device), "dtype": str(dtype), "ms": [ms[len(ms) // 2], ms[0], ms[-1]],
                           "images_per_s": round(1e3 * config.batch_size / ms[len(ms) // 2], 2),
-                          "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}))
+                          "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) or None}))
 
 
 def parse(argv):
