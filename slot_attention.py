@@ -378,8 +378,11 @@ def build_model(config):
 def load_model(checkpoint):
     """A run's checkpoint or a file of weights, as data.read_file returns it -> its model. Else: ValueError."""
     try:
-        model = build_model(checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
+        config, weights = checkpoint["config"], checkpoint["model"]
+        if config.get("learned_queries"):                                     # as many as in training, not as now asked
+            config = {**config, "num_slots": weights["slot_attention.slots_mu"].shape[1]}
+        model = build_model(config)
+        model.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]                           # PyTorch's has many lines
         raise ValueError(f"no checkpoint of this project, or damaged ({type(error).__name__}: {reason})") from None
