@@ -40,8 +40,8 @@ def train(config, out, checkpoint=None):
     torch.manual_seed(config.seed)  # the same weights in every process
     device, dtype, model, compiled, optimizer = set_up(config, checkpoint)
     start, seconds, text = (checkpoint[key] for key in ("step", "seconds", "log")) if checkpoint else (0, 0.0, "")
+    scenes, held_out = load_scenes(config, "train").to(device), load_scenes(config, "eval").to(device)
     with data.one_line_errors():
-        scenes, held_out = load_scenes(config, "train").to(device), load_scenes(config, "eval").to(device)
         log = data.open_log(out / "log.jsonl", text)
         if not checkpoint:
             save(out, config, model, optimizer, start, seconds, text)
