@@ -229,7 +229,6 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
     "encoder_strides": ((1, 1, 1, 1), STRIDE, "stride of each convolution of the encoder"),
-    "query_scale": (1.0, number(float, 0, 1e3), "of attention's queries at the start; above 1 slots part by object"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), STRIDE, "stride of each transposed convolution of the decoder"),
     "decoder_kernel": (5, [3, 5], "size of the decoder's kernels"),
@@ -259,14 +258,14 @@ FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1
 SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000, batch_size=512,
             steps=150_000, warmup=1_000, decay_steps=50_000)
 SMALL = dict(muon="encoder", lr=1e-3, warmup=100, clip=1.0, slot_loss=0.3, implicit=True, num_iterations=8,
-             train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1), query_scale=3.0, batch_size=32,
-             train_count=10_000, eval_every=500, compile=False)
+             train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1), batch_size=32, train_count=10_000,
+             eval_every=500, compile=False)
 SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, slot_loss=0.5, num_iterations=10, decoder_channels=64,
                 decoder_kernel=3, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=3_000)
-SMALL_64 = dict(SMALL, resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, steps=8_000)
+SMALL_64 = dict(SMALL, resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, steps=6_000)
 SMALL_DSPRITES = dict(SMALL_64, train_count=40_000)
-SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, train_iterations=4, query_scale=1.0,
-                  encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
+SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, train_iterations=4, encoder_strides=(2, 2, 2, 1),
+                  eval_count=1_000, steps=8_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
     ("object_discovery", "clevr"): ({}, SMALL_64),
     ("object_discovery", "clevr_like"): ({}, SMALL_64),
