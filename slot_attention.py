@@ -25,10 +25,12 @@ class SlotAttention(nn.Module):
 
     num_slots: K. dim: D. num_iterations: T. inputs_dim: D_in, D if not given.
     implicit: the gradient is that of the last iteration alone (Chang et al., 2022), and passes straight through it to
-        the initial slots (Jia et al., 2023). learned_queries: each slot has a mean of its own (Jia et al., 2023)."""
+        the initial slots (Jia et al., 2023). learned_queries: each slot has a mean of its own (Jia et al., 2023).
+    query_scale: a factor of the queries' first weights. At 1, as in the paper, attention starts so even that the slots
+        may all become alike, and then share out the picture by place, in strips."""
 
     def __init__(self, num_slots, dim, num_iterations=3, mlp_hidden_size=128, inputs_dim=None, eps=1e-8,
-                 implicit=False, learned_queries=False):
+                 implicit=False, learned_queries=False, query_scale=1.0):
         super().__init__()
         self.num_slots, self.dim, self.num_iterations = num_slots, dim, num_iterations
         self.eps, self.implicit = eps, implicit
@@ -52,6 +54,7 @@ class SlotAttention(nn.Module):
                 nn.init.xavier_uniform_(parameter)
             elif "bias" in name:
                 nn.init.zeros_(parameter)
+        self.project_q.weight.data *= query_scale
         limit = (6 / (1 + dim)) ** 0.5                                        # Glorot's for Keras' shape [1, 1, D]
         nn.init.uniform_(self.slots_log_sigma, -limit, limit)
         nn.init.uniform_(self.slots_mu, -limit, limit)
@@ -109,13 +112,13 @@ class SlotAttentionAutoEncoder(nn.Module):
     Multi-dSprites (64) and Tetrominoes (35): encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1)."""
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
-                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 1, 1, 1), decoder_channels=64,
-                 decoder_strides=(2, 2, 2, 2, 1), decoder_kernel=5, pixel_shuffle=1):
+                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 1, 1, 1), query_scale=1.0,
+                 decoder_channels=64, decoder_strides=(2, 2, 2, 2, 1), decoder_kernel=5, pixel_shuffle=1):
         super().__init__()
         resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         self.encoder = Encoder(resolution, encoder_channels, encoder_strides, slot_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit,
-                                            learned_queries=learned_queries)
+                                            learned_queries=learned_queries, query_scale=query_scale)
         self.decoder = Decoder(resolution, slot_dim, decoder_channels, decoder_strides, decoder_kernel, pixel_shuffle)
 
     def forward(self, image, slots=None, num_slots=None, num_iterations=None):
@@ -143,12 +146,12 @@ class SlotAttentionClassifier(nn.Module):
     (3d_coords + 3) / 6 (3 features), size (2), material (2), shape (3), colour (8), real object or padding (1)."""
 
     def __init__(self, resolution, num_slots, num_iterations=3, slot_dim=64, mlp_hidden_size=128, implicit=False,
-                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 2, 2, 1)):
+                 learned_queries=False, encoder_channels=64, encoder_strides=(1, 2, 2, 1), query_scale=1.0):
         super().__init__()
         resolution = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
         self.encoder = Encoder(resolution, encoder_channels, encoder_strides, slot_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size, implicit=implicit,
-                                            learned_queries=learned_queries)
+                                            learned_queries=learned_queries, query_scale=query_scale)
         self.mlp_classifier = nn.Sequential(nn.Linear(slot_dim, slot_dim), nn.ReLU(), nn.Linear(slot_dim, 19))
         keras_init(self.mlp_classifier)
 

@@ -672,6 +672,8 @@ def test_every_experiment_makes_a_model():
             _, config, _ = train.parse(["--task", task, "--data", name, *small])
             model = sa.build_model(vars(config))
             assert torch.isfinite(model(torch.zeros(1, 3, config.resolution, config.resolution))[0]).all()
+            scale = model.slot_attention.project_q.weight.abs().max() / (6 / (2 * config.slot_dim)) ** 0.5
+            assert 0.9 < scale / config.query_scale <= 1
 
 
 def found_alone(model, iterations=5):

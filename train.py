@@ -229,6 +229,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
     "encoder_strides": ((1, 1, 1, 1), STRIDE, "stride of each convolution of the encoder"),
+    "query_scale": (1.0, number(float, 0, 1e3), "of the queries' first weights; 3: sharper attention, slots tile less"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), STRIDE, "stride of each transposed convolution of the decoder"),
     "decoder_kernel": (5, [3, 5], "size of the decoder's kernels"),
@@ -262,7 +263,8 @@ SMALL = dict(muon="encoder", lr=1e-3, warmup=100, clip=1.0, slot_loss=0.3, impli
              eval_every=500, compile=False)
 SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, slot_loss=0.5, num_iterations=10, decoder_channels=64,
                 decoder_kernel=3, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=3_000)
-SMALL_64 = dict(SMALL, resolution=64, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, steps=6_000)
+SMALL_64 = dict(SMALL, resolution=64, query_scale=3.0, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4,
+                steps=6_000)
 SMALL_DSPRITES = dict(SMALL_64, train_count=40_000)
 SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, train_iterations=4, encoder_strides=(2, 2, 2, 1),
                   eval_count=1_000, steps=8_000)
