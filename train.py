@@ -265,7 +265,7 @@ SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, slot_loss=0.5, num_iterations=10, 
                 decoder_kernel=3, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=3_000)
 SMALL_64 = dict(SMALL, resolution=64, query_scale=3.0, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4,
                 steps=6_000)
-SMALL_DSPRITES = dict(SMALL_64, train_count=40_000)
+SMALL_DSPRITES = dict(SMALL_64, muon="all", decoder_channels=64, decoder_kernel=3, train_count=40_000)
 SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, train_iterations=4, encoder_strides=(2, 2, 2, 1),
                   eval_count=1_000, steps=8_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
