@@ -546,7 +546,7 @@ def refused(capsys, main, flags):
 
 
 def test_training_repeats_resumes_draws_and_evaluates(capsys):
-    flags = f"{TINY} --learned-queries --muon none --slot-loss 0"  # which depend on --steps
+    flags = f"{TINY} --learned-queries --muon none --slot-loss 0"  # Muon and slot loss depend on --steps
     train.main(f"{flags} --out whole".split())
     run(f"{flags} --out again")
     run(f"{flags} --steps 3 --out parts")

@@ -229,7 +229,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
     "encoder_strides": ((1, 1, 1, 1), STRIDE, "stride of each convolution of the encoder"),
-    "query_scale": (1.0, number(float, 0, 1e3), "of the queries' first weights; 3: sharper attention, slots tile less"),
+    "query_scale": (1.0, number(float, 0, 1e3), "factor of the queries' first weights; at 3 slots tile less"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), STRIDE, "stride of each transposed convolution of the decoder"),
     "decoder_kernel": (5, [3, 5], "size of the decoder's kernels"),
