@@ -103,21 +103,21 @@ def compute_loss(output, batch, config=None, progress=0.0):
     """Mean squared error over batch, pixels and channels (section 2.2), or the set prediction's loss (section 2.3).
 
     Not in the paper: as progress goes from 0 to 1, up to slot_loss of the error gives way to the slots' own errors,
-    larger where masks overlap and pictures differ: each pixel is left to one slot. What several slots paint right, as a
-    background or one object, is left to one of them by a late penalty on the square roots of the masks' shares."""
+    larger where masks overlap and pictures differ: each pixel is left to one slot. What all slots paint right, as a
+    black background, is left to one of them by a late reward for large masks."""
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
     error = F.mse_loss(output.recon_combined, batch["image"])
     if not config or config.slot_loss == 0:
         return error
     own = (output.masks * (output.recons - batch["image"][:, None]) ** 2).sum(dim=1).mean()
-    spread = (output.masks.mean(dim=(2, 3, 4)) + 1e-6).sqrt().sum(dim=1).mean()  # + 1e-6: at 0 the slope is infinite
-    return error + progress * config.slot_loss * (own - error) + 0.007 * config.slot_loss * progress ** 4 * spread
+    large = (output.masks.mean(dim=(2, 3, 4)) ** 2).sum(dim=1).mean()
+    return error + progress * config.slot_loss * (own - error) - 0.008 * config.slot_loss * progress ** 8 * large
 
 
 def learning_rate(step, config):
     """The official schedule: a linear warm-up, from 0, during which the decay goes on. Muon's decay is linear, to 0."""
-    decay = 1 - step / config.steps if config.muon else 0.5 ** (step / config.decay_steps)
+    decay = 1 - step / config.steps if config.muon != "none" else 0.5 ** (step / config.decay_steps)
     return config.lr * min(1, step / max(config.warmup, 1)) * decay
 
 
@@ -127,11 +127,12 @@ class Muon(torch.optim.Adam):
     A matrix moves by its momentum with all singular values set near 1: each direction is learned at the same speed,
     also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
 
-    def __init__(self, model):
+    def __init__(self, model, layers):
         super().__init__(model.parameters(), betas=(0.9, 0.95), fused=True)
-        # Not the first and last layer, nor what makes slots and positions.
+        # Not the first and last layer, nor what makes slots and positions. With the decoder's, slots may end in strips.
+        others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
         self.hidden = [parameter for name, parameter in list(model.named_parameters())[1:-2]
-                       if parameter.dim() > 1 and not re.search(r"slots_|\.pos\.", name)]
+                       if parameter.dim() > 1 and not re.search(others, name)]
 
     @torch.no_grad()
     def step(self):
@@ -240,7 +241,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "eval_count": (320, COUNT, "scenes for evaluation, at most"),
     "batch_size": (64, COUNT, "scenes in a step"),
     "steps": (500_000, COUNT, "steps"),
-    "muon": (False, bool, "Muon for the hidden layers' matrices, Adam for all else; linear decay"),
+    "muon": ("none", ["none", "encoder", "all"], "Muon for hidden matrices (encoder: not the decoder's), linear decay"),
     "lr": (4e-4, number(float, 1e-12, 1e12), "learning rate of Adam; Muon's is 10 times this"),
     "warmup": (10_000, COUNT_OR_0, "steps until the learning rate is reached"),
     "decay_steps": (100_000, COUNT, "the learning rate halves over this many steps, smoothly"),
@@ -257,13 +258,14 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
 FULL_SIZE = dict(encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1), train_count=60_000)
 SETS = dict(num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000, batch_size=512,
             steps=150_000, warmup=1_000, decay_steps=50_000)
-SMALL = dict(muon=True, lr=1e-3, warmup=100, clip=1.0, slot_loss=0.3, implicit=True, num_iterations=8,
-             train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1), decoder_channels=64, decoder_kernel=3,
-             batch_size=32, train_count=10_000, eval_every=500, compile=False)
-SMALL_35 = dict(SMALL, lr=1.6e-3, slot_loss=0.5, num_iterations=10, pixel_shuffle=3, train_count=40_000, eval_count=512,
-                steps=3_000)
-SMALL_64 = dict(SMALL, resolution=64, query_scale=3.0, decoder_strides=(1, 1), pixel_shuffle=4, steps=6_000)
-SMALL_DSPRITES = dict(SMALL_64, train_count=40_000)
+SMALL = dict(muon="encoder", lr=1e-3, warmup=100, clip=1.0, slot_loss=0.3, implicit=True, num_iterations=8,
+             train_iterations=5, encoder_channels=32, encoder_strides=(1, 2, 1), batch_size=32, train_count=10_000,
+             eval_every=500, compile=False)
+SMALL_35 = dict(SMALL, muon="all", lr=1.6e-3, slot_loss=0.5, num_iterations=10, decoder_channels=64,
+                decoder_kernel=3, pixel_shuffle=3, train_count=40_000, eval_count=512, steps=3_000)
+SMALL_64 = dict(SMALL, resolution=64, query_scale=3.0, decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4,
+                steps=6_000)
+SMALL_DSPRITES = dict(SMALL_64, muon="all", decoder_channels=64, decoder_kernel=3, train_count=40_000)
 SMALL_SETS = dict(SMALL, learned_queries=True, num_iterations=4, train_iterations=4, encoder_strides=(2, 2, 2, 1),
                   eval_count=1_000, steps=8_000)
 EXPERIMENTS = {  # what differs from DEFAULTS, and what with --small differs from that
@@ -333,7 +335,7 @@ def set_up(config, checkpoint=None):
     # The weights' layout decides that of the maps: the fastest for convolutions.
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
     compiled = torch.compile(model) if config.compile and cuda else model
-    optimizer = Muon(model) if config.muon else torch.optim.Adam(model.parameters(), fused=True)
+    optimizer = Muon(model, config.muon) if config.muon != "none" else torch.optim.Adam(model.parameters(), fused=True)
     if checkpoint and "optimizer" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         for parameter, state in optimizer.state.items():  # in the parameters' layout, which a dtype may have changed
