@@ -103,16 +103,16 @@ def compute_loss(output, batch, config=None, progress=0.0):
     """Mean squared error over batch, pixels and channels (section 2.2), or the set prediction's loss (section 2.3).
 
     Not in the paper: as progress goes from 0 to 1, up to slot_loss of the error gives way to the slots' own errors,
-    larger where masks overlap and pictures differ: each pixel is left to one slot. What all slots paint right, as a
-    black background, is left to one of them by a late reward for large masks."""
+    larger where masks overlap and pictures differ: each pixel is left to one slot. What several slots paint right, as a
+    background or one object, is left to one of them by a late penalty on the square roots of the masks' shares."""
     if isinstance(output, SetPrediction):
         return hungarian_huber_loss(output.predictions, batch["target"])
     error = F.mse_loss(output.recon_combined, batch["image"])
     if not config or config.slot_loss == 0:
         return error
     own = (output.masks * (output.recons - batch["image"][:, None]) ** 2).sum(dim=1).mean()
-    large = (output.masks.mean(dim=(2, 3, 4)) ** 2).sum(dim=1).mean()
-    return error + progress * config.slot_loss * (own - error) - 0.008 * config.slot_loss * progress ** 8 * large
+    spread = (output.masks.mean(dim=(2, 3, 4)) + 1e-6).sqrt().sum(dim=1).mean()  # + 1e-6: at 0 the slope is infinite
+    return error + progress * config.slot_loss * (own - error) + 0.007 * config.slot_loss * progress ** 4 * spread
 
 
 def learning_rate(step, config):
