@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 import data
 from slot_attention import SlotAttentionClassifier, load_model
 
-DEMO = Path(__file__).resolve().parent / "assets" / "demo.pt"
+WEIGHTS = Path(__file__).resolve().parent / "assets" / "tetrominoes.pt"
 NAMES = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 navy saddlebrown lime darkviolet teal".split()
 COLORS = torch.tensor(to_rgba_array(NAMES)[:, :3]).float().repeat(9, 1)   # the slots'; first Okabe and Ito's
 
@@ -224,7 +224,7 @@ def main(argv=None):
     parser.add_argument("--out", help="default: figure.png in the run's folder; a .gif shows the last part row by row")
     args = parser.parse_args(argv)
     newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)[-1:]
-    runs = args.run or [str(path.parent) for path in newest] or [str(DEMO)]
+    runs = args.run or [str(path.parent) for path in newest] or [str(WEIGHTS)]
     folder = Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_dir() else Path()
     out = Path(args.out or folder / ("curve.png" if args.figure == "curve" else "figure.png"))
     with data.one_line_errors():
