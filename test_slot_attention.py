@@ -712,7 +712,7 @@ def test_figures_of_all_kinds(capsys):
     file = visualize.WEIGHTS
     run(f"{TINY} --steps 3 --num-slots 5 --out run")
     Image.new("RGB", (480, 320), "blue").save("own.png")
-    for flags in ("", f"run {file} --count 2", "run --figure curve", f"{file} --figure clip --count 3 --out clip.png",
+    for flags in ("", f"run {file} --count 2", "run --figure curve", f"{file} --figure clip --count 3 --out clip",
                   f"{file} --figure b --num-slots 6", f"{ASSETS / 'clevr_like.pt'} --images own.png --figure a",
                   f"{ASSETS / 'set_prediction.pt'} --images own.png", f"{file} --num-iterations 3 --out a.gif"):
         visualize.main(flags.split())
@@ -736,10 +736,10 @@ def test_own_pictures(capsys):
     wide = Image.new("RGBA", (40, 20), (255, 0, 0, 0))  # of its central square the left half is blue, the right clear
     wide.paste("blue", (10, 0, 20, 20))
     wide.save("wide.png")
-    corners = visualize.load_pictures(["wide.png"], config)[0, :, 0, [0, 7]]
-    assert corners.tolist() == [[-1, 1], [-1, 1], [1, 1]]
+    assert visualize.load_pictures(["wide.png"], config)[0, :, 0, ::7].round().tolist() == [[-1, 1], [-1, 1], [1, 1]]
     Path("cut.png").write_bytes(Path("rgb.jpg").read_bytes()[:300])
-    for name in ("cut.png", "missing.png", "."):
+    grey.convert("I;16").save("16bit.png")
+    for name in ("cut.png", "16bit.png", "missing.png", "."):
         assert name in refused(capsys, visualize.main, f"{visualize.WEIGHTS} --images {name}")
 
 

@@ -161,11 +161,12 @@ def load_pictures(paths, config):
     pictures = []
     for path in paths:
         with data.reading(path), Image.open(path, formats=("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")) as file:
+            if file.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel")
             picture = ImageOps.exif_transpose(file).convert("RGBA")  # none of these formats runs programs
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
         clevr = config["data"].startswith("clevr") and picture.size[::-1] in data.CLEVR_CROP
-        if not clevr:
-            picture = ImageOps.fit(picture, 2 * [min(picture.size)])
+        picture = picture if clevr else ImageOps.fit(picture, 2 * [config["resolution"]])
         pictures.append(data.resize(np.array(picture), config["resolution"], config["crop"] if clevr else "none"))
     return data.Scenes(np.stack(pictures)).batch(torch.arange(len(pictures)))["image"]
 
@@ -214,7 +215,7 @@ def make_figure(args, runs):
 def main(argv=None):
     parser = argparse.ArgumentParser("visualize.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="*", help="runs' folders, or files of weights; the newest run if not given")
+    parser.add_argument("run", nargs="*", help="folders or files of weights (of set prediction one); else the newest")
     parser.add_argument("--figure", choices=("a", "b", "c", "abc", "curve", "clip"), default="abc", help="what to draw")
     parser.add_argument("--count", type=number(int, 1, 100), default=4, help="held-out scenes, or frames of the clip")
     parser.add_argument("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
@@ -228,6 +229,7 @@ def main(argv=None):
     folder = Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_dir() else Path()
     out = Path(args.out or folder / ("curve.png" if args.figure == "curve" else "figure.png"))
     with data.one_line_errors():
+        out = out.with_suffix(out.suffix or ".png")
         write = figure_curve(runs).savefig if args.figure == "curve" else make_figure(args, runs)
         with data.whole_file(out) as part:
             write(part)
