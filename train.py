@@ -52,8 +52,8 @@ def train(config, out, checkpoint=None):
     for step, parts in zip(range(start + 1, config.steps + 1), batches(config, scenes, start, device)):
         total[0] += train_step(compiled, optimizer, parts, config, step - 1, dtype)
         at_eval = step % config.eval_every == 0 or step == config.steps
-        if not at_eval and step % config.log_every:
-            continue  # the loss is read, and the device waited for, only where it is shown
+        if not at_eval and step % config.log_every and not (stop and WORLD_SIZE == 1):
+            continue  # the loss is read, the device waited for, other processes' signals heard, only at a line
 
         total[1] = len(stop)
         if WORLD_SIZE > 1:
