@@ -301,7 +301,7 @@ def test_first_convolution_by_linearity_is_the_convolution(size):
 
 
 def test_models_compile_whole():
-    """torch.compile traces each model as one graph, under autocast: what a GPU runs."""
+    """torch.compile traces each model as one graph, under autocast (on a GPU too, if its GRU, another one, allows)."""
     image, init, small = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8), dict(slot_dim=8, encoder_channels=8)
     for model in (sa.SlotAttentionAutoEncoder(16, 3, 2, **small, decoder_channels=8, decoder_strides=(1, 2)),
                   sa.SlotAttentionClassifier(16, 3, 2, **small, implicit=True)):
@@ -433,7 +433,7 @@ def test_clevr_v1_is_read_and_trained_on(capsys):
     assert np.abs(ours - made["image"][:4]).mean() < 1  # the PNGs are the pictures blown up
     assert_allclose(batch["target"], made["target"][:4], atol=1e-6)
 
-    flags = "--data clevr --data-root . --encoder-channels 8 --batch-size 2 --steps 2 --resolution 32"
+    flags = "--data clevr --data-root . --encoder-channels 8 --batch-size 2 --steps 2 --resolution 32 --device cpu"
     run(f"{flags} --decoder-strides 2 2 1 --decoder-channels 8 --max-objects 10 --out a")
     train.main(f"{flags} --task set_prediction --out b".split())
     assert "ari" not in log_of("a")[-1] and {"ap_inf", "ap_1", "ap_0.125"} <= log_of("b")[-1].keys()
@@ -879,8 +879,8 @@ def kill_anywhere(count):
 def test_killed_anywhere_it_goes_on():
     """In a process of its own, that has no threads yet and so can be forked."""
     code = f"import test_slot_attention; test_slot_attention.kill_anywhere({10 * MANY})"
-    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(HERE)},
-                            capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,  # CUDA cannot be forked
+                            env={**os.environ, "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 0, result.stderr[-3000:]
 
 
