@@ -1,7 +1,7 @@
 """Trains and evaluates Slot Attention.
 
     python train.py                              the demo: minutes on two CPU cores
-    python train.py --data clevr                 the paper's recipe for CLEVR6; every value of it is a flag
+    python train.py --data clevr                 the paper's recipe for CLEVR6; its values are flags
     python train.py --resume runs/clevr          go on; --eval runs/clevr: evaluate
     torchrun --nproc_per_node=N train.py ...     on N GPUs, or N processes on the CPU: the same training
 
@@ -234,7 +234,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "decoder_strides": ((2, 2, 2, 2, 1), STRIDE, "stride of each transposed convolution of the decoder"),
     "decoder_kernel": (5, [3, 5], "size of the decoder's kernels"),
     "pixel_shuffle": (1, SIZE, "the decoder's last layer makes blocks of this many pixels a side"),
-    "crop": ("paper", ["paper", "official", "none"], "of CLEVR; official: that code's window, CLEVR_v1.0 off centre"),
+    "crop": ("paper", ["paper", "official", "none"], "official: that code's, CLEVR_v1.0 off centre (else as paper)"),
     "min_objects": (0, COUNT_OR_0, "only scenes with at least this many objects"),
     "max_objects": (6, COUNT_OR_0, "only scenes with at most this many objects"),
     "train_count": (70_000, COUNT, "scenes for training, at most"),
@@ -250,7 +250,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "eval_every": (5_000, COUNT, "steps between evaluations"),
     "log_every": (10, COUNT, "steps between lines of the log"),
     "accumulate": (1, COUNT, "take each batch in this many parts: less memory, the same gradient"),
-    "compile": (True, bool, "torch.compile, on CUDA"),
+    "compile": (True, bool, "torch.compile, on CUDA; it needs a C compiler"),
     "device": (DEVICES[0], DEVICES, "where to train"),
     "dtype": ("auto", ["auto", "float32", "bfloat16"], "auto: bfloat16 where the hardware has it"),
     "data_root": ("data", str, "where the real files and the caches are"),
@@ -334,7 +334,7 @@ def set_up(config, checkpoint=None):
         model = load_model({**checkpoint, "config": vars(config)}) if checkpoint else build_model(vars(config))
     # The weights' layout decides that of the maps: the fastest for convolutions.
     model = model.to(device, memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
-    compiled = torch.compile(model) if config.compile and cuda else model
+    compiled = torch.compile(model, dynamic=False) if config.compile and cuda else model
     optimizer = Muon(model, config.muon) if config.muon != "none" else torch.optim.Adam(model.parameters(), fused=True)
     if checkpoint and "optimizer" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
