@@ -736,7 +736,7 @@ def test_own_pictures(capsys):
     wide = Image.new("RGBA", (40, 20), (255, 0, 0, 0))  # of its central square the left half is blue, the right clear
     wide.paste("blue", (10, 0, 20, 20))
     wide.save("wide.png")
-    assert visualize.load_pictures(["wide.png"], config)[0, :, 0, ::7].round().tolist() == [[-1, 1], [-1, 1], [1, 1]]
+    assert visualize.load_pictures(["wide.png"], config)[0, :, 0, ::7].tolist() == [[-1, 1], [-1, 1], [1, 1]]
     Path("cut.png").write_bytes(Path("rgb.jpg").read_bytes()[:300])
     grey.convert("I;16").save("16bit.png")
     for name in ("cut.png", "16bit.png", "missing.png", "."):

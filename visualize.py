@@ -166,7 +166,7 @@ def load_pictures(paths, config):
             picture = ImageOps.exif_transpose(file).convert("RGBA")  # none of these formats runs programs
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
         clevr = config["data"].startswith("clevr") and picture.size[::-1] in data.CLEVR_CROP
-        picture = picture if clevr else ImageOps.fit(picture, 2 * [config["resolution"]])
+        picture = picture if clevr else ImageOps.fit(picture, 2 * [config["resolution"]], Image.Resampling.BOX)
         pictures.append(data.resize(np.array(picture), config["resolution"], config["crop"] if clevr else "none"))
     return data.Scenes(np.stack(pictures)).batch(torch.arange(len(pictures)))["image"]
 
