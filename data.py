@@ -75,7 +75,7 @@ DATA = {
 
 def load(name, split, root="data", count=None, resolution=None, crop="paper", min_objects=0, max_objects=10):
     """The "train" or "eval" split of a dataset of DATA -> Scenes: its first `count` scenes with a number of objects in
-    the range. The two splits share no scene.
+    the range (of generated Multi-dSprites those in the range of the first `count`). The two splits share no scene.
 
     Real files are looked for under `root` and decoded once, into a cache beside them. Without them Tetrominoes and
     Multi-dSprites (on grey) are generated. crop, for CLEVR: "paper", the central square; "official", the window that
@@ -194,7 +194,7 @@ TFRECORDS = {  # name -> image [H, W, 3]; mask as stored; whether the entities c
 
 
 def tfrecords_scenes(file, resolution, crop):
-    """The scenes of one of DeepMind's files; of all but CLEVR's million the first, more than anyone waits for."""
+    """The scenes of one of DeepMind's files; of CLEVR's all, of the others' million the first 65,000."""
     is_clevr = file.stem.startswith("clevr")
     crop, limit = (crop, None) if is_clevr else ("none", 65_000)
     for scene in read_tfrecords(file, file.stem, limit):
@@ -405,11 +405,11 @@ def read_file(path, mmap=False):
 
 def cached(path, sources, scenes):
     """Scenes, an iterator of {key: array [m, ...]} -> {key: tensor [n, ...]} of all, from the file at `path`; it is
-    built if it is not there or older than its sources. Of several processes one builds, the others wait."""
+    built if it is not there, or a source came since, whatever its date. Of several processes one builds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.parent / "lock", "w") as file:
         lock(file, wait=True)
-        if not path.exists() or any(path.stat().st_mtime < source.stat().st_mtime for source in sources):
+        if not path.exists() or any(path.stat().st_mtime < source.stat().st_ctime for source in sources):
             say(f"building {path} (once)")
             blocks = []
             for block in scenes:

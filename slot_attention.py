@@ -26,7 +26,7 @@ class SlotAttention(nn.Module):
     num_slots: K. dim: D. num_iterations: T. inputs_dim: D_in, D if not given.
     implicit: the gradient is that of the last iteration alone (Chang et al., 2022), and passes straight through it to
         the initial slots (Jia et al., 2023). learned_queries: each slot has a mean of its own (Jia et al., 2023).
-    query_scale: a factor of the queries' first weights, 1 in the paper. At 3 attention starts sharper, and fewer runs
+    query_scale: a factor of the queries' initial weights, 1 in the paper. At 3 attention starts sharper, and fewer runs
         share out the picture by place, in strips."""
 
     def __init__(self, num_slots, dim, num_iterations=3, mlp_hidden_size=128, inputs_dim=None, eps=1e-8,

@@ -1,7 +1,7 @@
 """Trains and evaluates Slot Attention.
 
     python train.py                              the demo: minutes on two CPU cores
-    python train.py --data clevr                 the paper's recipe for CLEVR6; its values are flags
+    python train.py --data clevr                 the paper's recipe for CLEVR6: the values in brackets, each a flag
     python train.py --resume runs/clevr          go on; --eval runs/clevr: evaluate
     torchrun --nproc_per_node=N train.py ...     on N GPUs, or N processes on the CPU: the same training
 
@@ -124,8 +124,8 @@ def learning_rate(step, config):
 class Muon(torch.optim.Adam):
     """Muon (Jordan, 2024) for the hidden layers' matrices, Adam for all else. Not in the paper: the small recipes'.
 
-    A matrix moves by its momentum with all singular values set near 1: each direction is learned at the same speed,
-    also those whose gradients are small. A convolution's kernel counts as a matrix [out, in * k * k]."""
+    A matrix moves by its momentum with all but the smallest singular values set near 1: directions are learned at the
+    same speed, also those whose gradients are small. A kernel counts as a matrix [first dimension, the others]."""
 
     def __init__(self, model, layers):
         super().__init__(model.parameters(), betas=(0.9, 0.95), fused=True)
@@ -149,7 +149,7 @@ class Muon(torch.optim.Adam):
 
 
 def orthogonalize(matrix):
-    """Sets a matrix's singular values to 0.7 to 1.2: five steps of Newton-Schulz, x -> 3.4 x - 4.8 x^3 + 2.0 x^5."""
+    """Singular values, but the smallest, to about 1: five steps of Newton-Schulz, x -> 3.4 x - 4.8 x^3 + 2.0 x^5."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
@@ -220,16 +220,16 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "task": ("object_discovery", list(MODELS), "what to learn"),
     "data": (None, list(data.DATA), "the dataset; without it the demo: --data tetrominoes --small"),
     "seed": (0, COUNT_OR_0, "of weights, order and noise"),
-    "num_slots": (7, SIZE, "slots, K"),
+    "num_slots": (7, number(int, 1, 100), "slots, K"),
     "num_iterations": (3, SIZE, "iterations of attention, T"),
-    "train_iterations": (None, SIZE, "iterations in training, if fewer: faster, and no slot dies out"),
+    "train_iterations": (None, SIZE, "iterations in training, if fewer: faster"),
     "slot_dim": (64, SIZE, "size of a slot, D"),
     "implicit": (False, bool, "one-step gradient: only the last iteration has one (less memory, steadier)"),
     "learned_queries": (False, bool, "a mean of its own for the initial state of each slot"),
     "resolution": (128, SIZE, "height and width of the pictures"),
     "encoder_channels": (64, SIZE, "channels of the encoder's convolutions"),
     "encoder_strides": ((1, 1, 1, 1), STRIDE, "stride of each convolution of the encoder"),
-    "query_scale": (1.0, number(float, 0, 1e3), "factor of the queries' first weights; at 3 slots tile less"),
+    "query_scale": (1.0, number(float, 0, 1e3), "factor of the queries' initial weights; at 3 slots tile less"),
     "decoder_channels": (64, SIZE, "channels of the decoder's convolutions"),
     "decoder_strides": ((2, 2, 2, 2, 1), STRIDE, "stride of each transposed convolution of the decoder"),
     "decoder_kernel": (5, [3, 5], "size of the decoder's kernels"),
@@ -248,7 +248,7 @@ DEFAULTS = {  # the paper's recipe for CLEVR6 (appendix E): value, type or choic
     "clip": (0.0, number(float, 0, 1e12), "largest norm of the gradient; 0: any"),
     "slot_loss": (0.0, number(float, 0, 1), "weight of the slots' own errors at the last step, see compute_loss"),
     "eval_every": (5_000, COUNT, "steps between evaluations"),
-    "log_every": (10, COUNT, "steps between lines of the log"),
+    "log_every": (10, COUNT, "steps between lines of the log; several processes heed a signal only there"),
     "accumulate": (1, COUNT, "take each batch in this many parts: less memory, the same gradient"),
     "compile": (True, bool, "torch.compile, on CUDA; it needs a C compiler"),
     "device": (DEVICES[0], DEVICES, "where to train"),
@@ -367,8 +367,8 @@ def parse(argv):
     parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", metavar="RUN", help="go on with this run")
-    mode.add_argument("--eval", metavar="RUN", help="evaluate this run, or a file of weights")
+    mode.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
+    mode.add_argument("--eval", type=Path, metavar="RUN", help="evaluate this run, or a file of weights")
     mode.add_argument("--benchmark", action="store_true", help="time the training step: one line of JSON")
     mode.add_argument("--out", help="the run's folder; runs/DATA if not given")
     parser.add_argument("--small", action="store_true", help="a small model and a short schedule, for a CPU")
@@ -394,10 +394,10 @@ def parse(argv):
     config = argparse.Namespace(**{key: getattr(args, key) for key in DEFAULTS})
     if config.batch_size % (WORLD_SIZE * config.accumulate):
         parser.error(f"--batch-size must be a multiple of {WORLD_SIZE} processes x --accumulate {config.accumulate}")
-    if config.task == "set_prediction" and config.num_slots > 16:
-        parser.error("--num-slots: the matching of set prediction takes 16 at most")
+    if config.task == "set_prediction" and (config.num_slots > 16 or config.crop != "none"):
+        parser.error("set prediction takes at most 16 --num-slots, for its matching, and whole pictures: --crop none")
     args.out = Path(args.resume or args.out or f"runs/{config.data}")
-    if RANK == 0 and not (run or args.benchmark) and (args.out / "checkpoint.pt").exists():
+    if RANK == 0 and not (run or args.benchmark) and os.path.exists(args.out / "checkpoint.pt"):
         parser.error(f"{args.out}/ holds a run: go on with --resume {args.out}, or choose another --out")
     if args.resume and not (args.out.is_dir() and "optimizer" in checkpoint
                             and config.muon == checkpoint["config"].get("muon")):

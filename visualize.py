@@ -226,9 +226,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)[-1:]
     runs = args.run or [str(path.parent) for path in newest] or [str(WEIGHTS)]
-    folder = Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_dir() else Path()
-    out = Path(args.out or folder / ("curve.png" if args.figure == "curve" else "figure.png"))
     with data.one_line_errors():
+        folder = Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_dir() else Path()
+        out = Path(args.out or folder / ("curve.png" if args.figure == "curve" else "figure.png"))
         out = out.with_suffix(out.suffix or ".png")
         write = figure_curve(runs).savefig if args.figure == "curve" else make_figure(args, runs)
         with data.whole_file(out) as part:
