@@ -716,8 +716,8 @@ def test_figures_of_all_kinds(capsys):
         visualize.main(flags.split())
         assert Path(capsys.readouterr().err.split()[-1]).stat().st_size > 5_000
     assert Image.open("a.gif").n_frames == 3
-    for flags, message in [(f"{file} --figure curve", "log"), (f"{file} --out nowhere/a.png", "nowhere"),
-                           (f"{file} --out a.xyz", "xyz"), ("a" * 300, "a"), (f"{file} --num-slots x", "--num-slots")]:
+    for flags, message in [("typo", "typo"), (f"{file} --figure curve", "log"), (f"{file} --out no/a.png", "no/a.png"),
+                           (f"{file} --out a.xyz", "xyz"), ("a" * 300, "aa"), (f"{file} --num-slots x", "--num-slots")]:
         assert message in refused(capsys, visualize.main, flags), flags
         assert not list(Path().rglob("part-*")), flags
 
