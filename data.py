@@ -1,143 +1,276 @@
-"""The datasets of the paper, real and generated, as uint8 batches on the device; and the project's files.
+"""Datasets, real and generated, as batches on the device; and the files of the project.
 
-Real: DeepMind's multi_object_datasets (TFRecord files, read without TensorFlow) and the original CLEVR_v1.0.
-Generated: look-alikes of Tetrominoes, Multi-dSprites and CLEVR, with masks and factors, that need no download.
+Real: DeepMind's multi_object_datasets (TFRecord files, read without TensorFlow), the original
+CLEVR_v1.0, anybody's folder of pictures. Generated, with masks: Tetrominoes, Multi-dSprites and
+synthetic CLEVR, which need no download.
 """
 
 import contextlib
+import functools
 import gzip
+import hashlib
 import json
 import os
 import sys
+import time
 import zipfile
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import hsv_to_rgb
-from PIL import Image
+from matplotlib.colors import hsv_to_rgb, to_rgba_array
+from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import center_crop
+from torchvision.transforms.functional import resize as resize_antialiased
 
 try:
     import fcntl
-except ImportError:  # Windows: there two processes can build one cache, or train into one folder, at a time
+except ImportError:  # Windows: nothing is locked there
     fcntl = None
 
-# --- Scenes: what every dataset becomes, and the one way to a batch --------------------------------------------------
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used: a file, a folder, a flag. Shown as one line."""
+
+
+# --- Scenes: what every dataset becomes, and the one way to a batch -----------------------------
 
 
 class Scenes:
-    """One split of a dataset, in memory, mapped from the cache, or on the GPU.
+    """One split of a dataset.
 
-    images [n, H, W, 3] uint8; labels [n, H, W] uint8: the entity that each pixel belongs to, 0 = background (None where
-    there are no masks); targets [n, 10, 19] float32: see clevr_target. source: what they are, in words."""
+    images [n, H, W, 3] uint8. labels [n, H, W] uint8: the entity that each pixel belongs to,
+    0 = background, 255 = left out of the score; None if there are no masks. targets [n, 10, 19]
+    float32, see clevr_target. The arrays may be mapped from a file. index: the scenes of the split;
+    all if not given. source: what they are, in words.
+    """
 
-    def __init__(self, images, labels=None, targets=None, source=""):
+    def __init__(self, images, labels=None, targets=None, index=None, source=""):
         arrays = {"image": images, "label": labels, "target": targets}
-        self.arrays = {key: torch.as_tensor(array) for key, array in arrays.items() if array is not None}
+        self.arrays = {key: array for key, array in arrays.items() if array is not None}
+        self.index = np.arange(len(images)) if index is None else index
         self.source = source
 
     def __len__(self):
-        return len(self.arrays["image"])
+        return len(self.index)
 
-    def to(self, device):
-        """Moves the split to a GPU, if it fits there beside the model: then no batch waits for a copy."""
-        size = sum(array.nbytes for array in self.arrays.values())
-        if torch.device(device).type == "cuda" and size < 0.5 * torch.cuda.mem_get_info(device)[0]:
-            self.arrays = {key: array.to(device) for key, array in self.arrays.items()}
-        return self
+    def batch(self, index, device="cpu", keys=("image", "label", "target")):
+        """Returns the scenes `index` [B] of the split as a dict of tensors on a device, by key.
 
-    def batch(self, index, device="cpu"):
-        """index [B] -> image [B, 3, H, W] float32 in [-1, 1], and of what the dataset has, label [B, H, W] uint8 and
-        target [B, 10, 19]; all on the device."""
-        index = put(index, self.arrays["image"].device)
-        batch = {key: put(array[index], device) for key, array in self.arrays.items()}
+        image [B, 3, H, W] float32 in [-1, 1]; label [B, H, W] uint8 and target [B, 10, 19] where
+        the dataset has them.
+        """
+        index = self.index[np.asarray(index)]
+        batch = {key: to_device(torch.as_tensor(array[index]), device)
+                 for key, array in self.arrays.items() if key in keys}
         batch["image"] = batch["image"].permute(0, 3, 1, 2).float().mul_(2 / 255).sub_(1)
         return batch
 
 
-def put(x, device):
-    """A tensor on a device; to CUDA by way of pinned memory, since else the copy waits for all the work there."""
-    pinned = torch.device(device).type == "cuda" and x.device.type == "cpu"
-    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
+def to_device(x, device):
+    """Copies a tensor to a device; to a GPU from pinned memory, so that nothing waits for it."""
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
-# dataset -> (the official file's name without its end, the first scenes of it that are for training, resolution)
-DATA = {
-    "tetrominoes": ("tetrominoes_train", 60_000, 35),
-    "multi_dsprites": ("multi_dsprites_colored_on_grayscale", 60_000, 64),
-    "multi_dsprites_on_colored": ("multi_dsprites_colored_on_colored", 60_000, 64),
-    "clevr": ("clevr_with_masks_train", 70_000, 128),
-    "clevr_like": (None, 70_000, 128),
+FILES = {  # dataset: the official file's name, scenes used of it, scenes for training, resolution
+    "tetrominoes": ("tetrominoes_train", 65_000, 60_000, 35),
+    "multi_dsprites": ("multi_dsprites_colored_on_grayscale", 65_000, 60_000, 64),
+    "multi_dsprites_on_colored": ("multi_dsprites_colored_on_colored", 65_000, 60_000, 64),
+    "clevr": ("clevr_with_masks_train", 100_000, 70_000, 128),
+    "clevr_like": (None, None, 70_000, 128),
+}
+DATASETS = {}  # your own: a name, and a function that returns Scenes of "train" or "eval"
+
+
+def load(name, split, root="data", count=None, resolution=None, crop="paper", min_objects=0,
+         max_objects=254, masks=None):
+    """Returns the "train" or "eval" split of a dataset as Scenes. The splits share no scene.
+
+    name: of FILES or DATASETS, or a folder of pictures, with their masks in the folder `masks`.
+    root: the folder of the official files. They are decoded once, into root/cache. Without them
+    Tetrominoes and Multi-dSprites (on grey) are generated. count: at most so many scenes, of those
+    with min_objects to max_objects objects. crop, of CLEVR: "paper", the central square;
+    "official", the window that the official code cuts out of CLEVR_v1.0; "none", the whole picture,
+    made square. Raises InputError.
+    """
+    if name in DATASETS:
+        return DATASETS[name](split)
+    if masks and name in FILES:
+        raise InputError(f"--masks is for a folder of pictures, not for {name}")
+    root = Path(root)
+    stem, total, train_count, native = FILES.get(name, (name, None, None, 128))
+    resolution = resolution or native
+    source = find(root, f"{stem}.tfrecords")
+    if name == "clevr" and not source:
+        source = find(root, "CLEVR_v1.0")
+    if name not in FILES:
+        source = Path(name).resolve()
+        arrays = folder_arrays(source, root, resolution, masks and Path(masks).resolve())
+        index = held_out_index(len(arrays["objects"]), split)
+    elif source:
+        if source.is_dir():
+            sources = source.glob("scenes/*.json")
+            scenes = clevr_v1_scenes(source, resolution, crop)
+            total = 85_000
+        else:
+            sources = [source]
+            scenes = tfrecord_scenes(source, name, resolution, crop)
+        arrays = cached(f"{source.name}-{resolution}-{crop}", root, sources, scenes, total)
+        index = split_index(len(arrays["objects"]), split, train_count)
+    elif name in ("clevr", "multi_dsprites_on_colored"):
+        raise InputError(f"no {stem}.tfrecords in {root}/: see the README, Data; "
+                         "--data clevr_like and --data multi_dsprites need no file")
+    else:
+        arrays = generate(name, split, root, count or train_count, resolution, crop,
+                          min_objects, max_objects)
+        index = np.arange(len(arrays["objects"]))
+    objects = arrays["objects"][index]
+    index = index[(objects >= min_objects) & (objects <= max_objects)][:count]
+    if len(objects) and len(index) == 0:
+        raise InputError(f"no {split} scene of {name} has {min_objects} to {max_objects} objects "
+                         "(--min-objects, --max-objects)")
+    source = source.name.removesuffix(".tfrecords") if source else f"generated {name}"
+    return Scenes(arrays["image"], arrays.get("label"), arrays.get("target"), index, source)
+
+
+def find(root, name):
+    """Returns the path of a download in root, also with the bucket's name before its own, if any."""
+    for pattern in (name, f"*_{name}", f"*/{name}"):
+        for path in root.glob(pattern):
+            return path
+
+
+def split_index(n, split, train_count):
+    """Returns which of n scenes are in a split: the first ones train, those after them evaluate.
+
+    Of a file with no more than train_count scenes, the last fifth evaluates.
+    """
+    border = train_count if n > train_count else n - max(1, n // 5)
+    return np.arange(border) if split == "train" else np.arange(border, n)
+
+
+# --- A folder of pictures -----------------------------------------------------------------------
+
+PICTURES = (*IMG_EXTENSIONS, ".gif")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # none of them runs a program
+
+
+@functools.lru_cache  # once in a run
+def folder_arrays(folder, root, resolution, masks=None):
+    """Returns the arrays of all pictures under a folder, sorted by name, through the cache."""
+    files = []
+    others = []
+    with reading(folder):
+        for path in sorted(folder.rglob("*")):
+            hidden = "/." in f"/{path.relative_to(folder).as_posix()}"
+            if path.is_file() and not hidden and masks not in path.parents:
+                (files if path.suffix.lower() in PICTURES else others).append(path)
+    if not files:
+        raise InputError(f"{folder} is no dataset ({', '.join([*FILES, *DATASETS])}), "
+                         f"and no folder with pictures ({' '.join(PICTURES)})")
+    if others:
+        say(f"{len(others)} other files left out: {', '.join(path.name for path in others[:5])}")
+    mask_of = {}
+    for path in files if masks else []:
+        mask_of[path] = (masks / path.relative_to(folder)).with_suffix(".png")
+        if not mask_of[path].exists():
+            raise InputError(f"{path} has no mask {mask_of[path]}")
+
+    def read(path):
+        picture = read_picture(path)
+        block = {"image": square(picture, resolution)[None], "objects": [0]}
+        if masks:
+            label = read_mask(mask_of[path], picture.size)
+            block["label"] = resize_labels(label, resolution)[None]
+            block["objects"] = [len(np.setdiff1d(label, (0, 255)))]
+        return block
+
+    sources = [*files, *mask_of.values()]
+    return cached(f"{folder.name}-{resolution}", root, sources, on_all_cores(read, files),
+                  len(files))
+
+
+def held_out_index(n, split):
+    """Returns which of n pictures are in a split: a random tenth, at most 320, evaluates."""
+    order = np.random.default_rng(0).permutation(n)
+    held_out = min(320, max(1, n // 10))
+    return np.sort(order[:held_out] if split == "eval" else order[held_out:])
+
+
+def read_picture(path):
+    """Returns a picture as an RGB image of PIL: upright, the first frame, transparency on white."""
+    with reading(path):
+        Image.open(path, formats=FORMATS).verify()  # checksums, which loading does not look at
+        with Image.open(path, formats=FORMATS) as file:
+            if file.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel")
+            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def square(picture, resolution):
+    """Returns the central square of a PIL image, antialiased: [resolution, resolution, 3] uint8."""
+    picture = center_crop(picture, min(picture.size))
+    return np.array(resize_antialiased(picture, [resolution, resolution]))
+
+
+def read_mask(path, size):
+    """Returns the central square of a mask, [h, h] uint8; its picture has a size (W, H)."""
+    with reading(path), Image.open(path, formats=["PNG"]) as mask:
+        if mask.mode not in ("L", "P"):
+            raise ValueError(f"a mask is a grey or palette PNG of 8 bits, not {mask.mode}")
+        if mask.size != size:
+            raise ValueError(f"the mask has {mask.size} pixels, its picture {size}")
+        return np.array(center_crop(mask, min(size)))
+
+
+# --- CLEVR --------------------------------------------------------------------------------------
+
+CLEVR_CODES = {  # of clevr_with_masks, from 1; 0 is the background, or padding
+    "size": "large small".split(),
+    "material": "rubber metal".split(),
+    "shape": "sphere cylinder cube".split(),
+    "color": "red cyan green blue brown gray purple yellow".split(),
+}
+CLEVR_TARGETS = {  # the order in the targets of set prediction, from TensorFlow Datasets
+    "size": "small large".split(),
+    "material": "rubber metal".split(),
+    "shape": "cube sphere cylinder".split(),
+    "color": "gray blue brown yellow red green purple cyan".split(),
+}
+CLEVR_CROP = {  # the central square (top, bottom, left, right) by the picture's height and width
+    (240, 320): (29, 221, 64, 256),  # the paper's
+    (320, 480): (24, 312, 96, 384),  # the same part of the picture in CLEVR_v1.0
 }
 
 
-def load(name, split, root="data", count=None, resolution=None, crop="paper", min_objects=0, max_objects=10):
-    """The "train" or "eval" split of a dataset of DATA -> Scenes: its first `count` scenes with a number of objects in
-    the range (of generated Multi-dSprites those in the range of the first `count`). The two splits share no scene.
-
-    Real files are looked for under `root` and decoded once, into a cache beside them. Without them Tetrominoes and
-    Multi-dSprites (on grey) are generated. crop, for CLEVR: "paper", the central square; "official", the window that
-    the official code cuts out of CLEVR_v1.0; "none", the whole picture, made square. Raises OSError or ValueError."""
-    stem, train_count, full_resolution = DATA[name]
-    root, resolution = Path(root), resolution or full_resolution
-    file, folder = root / f"{stem}.tfrecords", root / "CLEVR_v1.0"
-    if file.exists():
-        source, sources, scenes = stem, [file], tfrecords_scenes(file, resolution, crop)
-    elif name == "clevr" and folder.exists():
-        source, sources = folder.name, list(folder.glob("scenes/*.json"))
-        scenes = clevr_v1_scenes(folder, resolution, crop)
-    elif name in ("clevr", "multi_dsprites_on_colored"):
-        raise FileNotFoundError(f"no {file} (see the README, Data); --data clevr_like and multi_dsprites need no files")
-    else:
-        return generate(name, split, root, count or train_count, resolution, crop, min_objects, max_objects)
-    arrays = cached(root / "cache" / f"{source}-{resolution}-{crop}.pt", sources, scenes)
-    index = choose(arrays.pop("objects"), split, train_count, count, min_objects, max_objects)
-    arrays = {key: array[index] for key, array in arrays.items()}
-    return Scenes(arrays["image"], arrays.get("label"), arrays.get("target"), source)
-
-
-def choose(objects, split, train_count, count=None, min_objects=0, max_objects=10):
-    """Numbers of objects [n] -> indices: the first `train_count` scenes are for training, those after them for
-    evaluation (of a file with no more than those the last fifth), and of these the first `count` in the range."""
-    n = len(objects)
-    border = train_count if n > train_count else n - max(1, n // 5)
-    index = torch.arange(border) if split == "train" else torch.arange(border, n)
-    index = index[(objects[index] >= min_objects) & (objects[index] <= max_objects)][:count]
-    if len(index) == 0:
-        raise ValueError(f"the {split} split has no scene with {min_objects} to {max_objects} objects")
-    return index
-
-
-# --- CLEVR -----------------------------------------------------------------------------------------------------------
-
-# Codes of clevr_with_masks, from 1 (0 = background or padding).
-CLEVR_CODES = {"size": ["large", "small"], "material": ["rubber", "metal"], "shape": ["sphere", "cylinder", "cube"],
-               "color": ["red", "cyan", "green", "blue", "brown", "gray", "purple", "yellow"]}
-# The order inside the set prediction's targets, the official code's (from TensorFlow Datasets).
-CLEVR_TARGETS = {"size": ["small", "large"], "material": ["rubber", "metal"], "shape": ["cube", "sphere", "cylinder"],
-                 "color": ["gray", "blue", "brown", "yellow", "red", "green", "purple", "cyan"]}
-# Rows and columns of the central square by the picture's size: the paper's; the physically equal one of CLEVR_v1.0.
-CLEVR_CROP = {(240, 320): (29, 221, 64, 256), (320, 480): (24, 312, 96, 384)}
-
-
 def clevr_target(scene):
-    """The factors of one scene as in clevr_with_masks (background first, codes from 1) -> target [10, 19] float32:
-    (3d_coords + 3) / 6, one-hot size, material, shape and colour, 1 for a real object; rows of zeros after them."""
-    target = np.zeros((10, 19), np.float32)
-    for i, e in enumerate(np.flatnonzero(scene["size"])):  # not background, not padding
-        target[i, :3] = (np.array([scene["x"][e], scene["y"][e], scene["z"][e]]) + 3) / 6  # IndexError: over 10 objects
-        words = {key: names[int(scene[key][e]) - 1] for key, names in CLEVR_CODES.items()}
-        target[i, 3:18] = [words[key] == name for key, names in CLEVR_TARGETS.items() for name in names]
-        target[i, 18] = 1
-    if not (np.abs(target[:, :3]) < 10).all():  # not a number, either
+    """Returns the target [10, 19] float32 of a scene's factors, as they are in clevr_with_masks.
+
+    A row is: (3d_coords + 3) / 6, one-hot size, material, shape and colour, 1 for a real object.
+    Rows of zeros follow. Raises ValueError or IndexError if these are not a CLEVR scene's factors.
+    """
+    entities = np.flatnonzero(scene["size"])  # neither background nor padding
+    columns = [(scene[axis][entities] + 3) / 6 for axis in "xyz"]
+    for key, names in CLEVR_TARGETS.items():
+        words = np.array(["", *CLEVR_CODES[key]])[scene[key][entities]]
+        columns += [words == name for name in names]
+    columns.append(np.ones(len(entities)))
+    target = np.stack(columns, axis=1).astype(np.float32)
+    if not (np.abs(target[:, :3]) < 10).all():  # NaN is not, either
         raise ValueError("its coordinates are not CLEVR's")
-    return target
+    return np.pad(target, ((0, 10 - len(entities)), (0, 0)))  # ValueError for more than 10
 
 
 def clevr_v1_scenes(folder, resolution, crop):
-    """The scenes of the original CLEVR_v1.0 (480 x 320 PNGs, no masks): of its split train, then of val."""
+    """Yields the scenes of the original CLEVR_v1.0 (480 x 320, no masks): of train, then of val."""
     jobs = []
     for part in ("train", "val"):
         file = folder / f"scenes/CLEVR_{part}_scenes.json"
@@ -146,162 +279,215 @@ def clevr_v1_scenes(folder, resolution, crop):
             continue
         with reading(file):
             for scene in json.loads(file.read_bytes())["scenes"]:
+                path = folder / "images" / part / Path(scene["image_filename"]).name
                 objects = scene["objects"]
-                factors = {key: [0] + [names.index(o[key]) + 1 for o in objects]  # the background is first
+                factors = {key: np.array([names.index(o[key]) + 1 for o in objects], int)
                            for key, names in CLEVR_CODES.items()}
-                places = [(0, 0, 0)] + [o["3d_coords"] for o in objects]
-                factors["x"], factors["y"], factors["z"] = zip(*places, strict=True)
-                jobs.append((folder / "images" / part / Path(scene["image_filename"]).name, clevr_target(factors)))
+                coords = np.reshape([o["3d_coords"] for o in objects], (-1, 3))
+                factors.update(x=coords[:, 0], y=coords[:, 1], z=coords[:, 2])
+                jobs.append((path, clevr_target(factors)))
 
     def read(job):
         path, target = job
-        image = resize(read_png(path), resolution, crop)
-        return {"image": image[None], "target": target[None], "objects": np.uint8([target[:, 18].sum()])}
+        picture = np.array(read_picture(path))
+        with reading(path):
+            image = resize(cropped(picture, crop), resolution)
+        return {"image": image[None], "target": target[None], "objects": [int(target[:, 18].sum())]}
 
-    yield from on_all_cores(read, jobs)
-
-
-def read_png(path):
-    """One of CLEVR_v1.0's pictures -> [H, W, 3] uint8, without the alpha channel."""
-    with reading(path):
-        Image.open(path, formats=["PNG"]).verify()  # the checksums, which reading the pixels leaves out
-        return np.array(Image.open(path, formats=["PNG"]).convert("RGB"))
+    return on_all_cores(read, jobs)
 
 
-def resize(picture, resolution, crop="none"):
-    """Crops and resizes as the official code does: [H, W, 3] uint8 bilinear without antialiasing, [H, W] uint8 (labels)
-    to the nearest pixel -> [resolution, resolution(, 3)] uint8."""
+def cropped(picture, crop):
+    """Returns the part [h, w, ...] of one of CLEVR's pictures [H, W, ...]; crop as in load."""
+    if crop == "none":
+        return picture
     size = picture.shape[:2]
-    if crop != "none":
-        if size not in CLEVR_CROP:
-            raise ValueError(f"a picture of {size[0]} x {size[1]} pixels is not CLEVR's, whose crop is known")
-        top, bottom, left, right = CLEVR_CROP[(240, 320) if crop == "official" else size]
-        picture = picture[top:bottom, left:right]
-    x = torch.tensor(np.atleast_3d(picture)).permute(2, 0, 1)[None].float()               # [1, C, h, w]
-    mode = "bilinear" if picture.ndim == 3 else "nearest-exact"
-    x = F.interpolate(x, (resolution, resolution), mode=mode)[0].permute(1, 2, 0).round().byte().numpy()
-    return x if picture.ndim == 3 else x[:, :, 0]
+    if size not in CLEVR_CROP:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are not CLEVR's, whose crop is known")
+    top, bottom, left, right = CLEVR_CROP[(240, 320) if crop == "official" else size]
+    return picture[top:bottom, left:right]
 
 
-# --- TensorFlow's file formats, without TensorFlow: TFRecord (DeepMind's multi_object_datasets) and checkpoint -------
+def resize(picture, resolution):
+    """Resizes [H, W, 3] uint8 as the official code does: bilinear, without antialiasing."""
+    x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
+    x = F.interpolate(x, (resolution, resolution), mode="bilinear")[0]
+    return x.permute(1, 2, 0).round().byte().numpy()
 
-TFRECORDS = {  # name -> image [H, W, 3]; mask as stored; whether the entities come third there
-    "tetrominoes": ((35, 35, 3), (4, 35, 35), False),
-    "multi_dsprites_colored_on_grayscale": ((64, 64, 3), (64, 64, 6), True),
-    "multi_dsprites_colored_on_colored": ((64, 64, 3), (64, 64, 5), True),
-    "clevr_with_masks": ((240, 320, 3), (11, 240, 320), False),
+
+def resize_labels(labels, resolution):
+    """Resizes [H, W, ...] to the nearest pixels."""
+    centers = 2 * np.arange(resolution) + 1  # of the new pixels, in halves of them
+    rows, cols = (centers * size // (2 * resolution) for size in labels.shape[:2])
+    return labels[rows[:, None], cols]
+
+
+# --- TensorFlow's file formats, without TensorFlow ----------------------------------------------
+
+TFRECORDS = {  # name: image [H, W, 3]; mask as stored; the axis of the entities there
+    "tetrominoes": ((35, 35, 3), (4, 35, 35), 0),
+    "multi_dsprites_colored_on_grayscale": ((64, 64, 3), (64, 64, 6), 2),
+    "multi_dsprites_colored_on_colored": ((64, 64, 3), (64, 64, 5), 2),
+    "clevr_with_masks": ((240, 320, 3), (11, 240, 320), 0),
 }
 
 
-def tfrecords_scenes(file, resolution, crop):
-    """The scenes of one of DeepMind's files; of CLEVR's all, of the others' million the first 65,000."""
-    is_clevr = file.stem.startswith("clevr")
-    crop, limit = (crop, None) if is_clevr else ("none", 65_000)
-    for scene in read_tfrecords(file, file.stem, limit):
-        label = scene["mask"].argmax(0).astype(np.uint8)
-        with reading(file):
-            arrays = {"image": resize(scene["image"], resolution, crop)[None],
-                      "label": resize(label, resolution, crop)[None],
-                      "objects": np.uint8([round(float(scene["visibility"].sum())) - 1])}  # it counts the background
+def tfrecord_scenes(path, dataset, resolution, crop):
+    """Yields the scenes of one of DeepMind's files, cropped and resized; crop is CLEVR's alone."""
+    stem, limit, _, _ = FILES[dataset]
+    is_clevr = dataset == "clevr"
+    crop = crop if is_clevr else "none"
+
+    def decode(record):
+        with reading(path):
+            scene = decode_scene(record, stem)
+            image = resize(cropped(scene["image"], crop), resolution)
+            mask = cropped(scene["mask"].transpose(1, 2, 0), crop)           # [h, w, E]
+            label = resize_labels(mask, resolution).argmax(2).astype(np.uint8)
+            objects = round(float(scene["visibility"].sum())) - 1  # it counts the background
+            block = {"image": image[None], "label": label[None], "objects": [objects]}
             if is_clevr:
-                arrays["target"] = clevr_target(scene)[None]
-        yield arrays
+                block["target"] = clevr_target(scene)[None]
+        return block
+
+    return on_all_cores(decode, read_records(path, limit))
 
 
 def read_tfrecords(path, name, limit=None):
-    """The scenes of one of DeepMind's GZIP TFRecord files, one dict of arrays each, in the file's order.
+    """Yields the scenes of one of DeepMind's TFRecord files, a dict of arrays each, in their order.
 
-    name: a key of TFRECORDS, with or without "_train". -> image [H, W, 3] uint8; mask [E, H, W] uint8 0/1, background
-    first; the factors as stored, [E] or [E, 3], float32 or uint8. Raises ValueError for a damaged file or another."""
-    image_shape, mask_shape, entities_third = TFRECORDS[name.removesuffix("_train")]
-    number = 0
-    with reading(path), gzip.open(path) as file:
-        while number != limit and (header := file.read(12)):
+    name: a key of TFRECORDS, with or without "_train". image [H, W, 3] uint8; mask [E, H, W] uint8
+    0/1, background first; the factors as stored, [E] or [E, 3], float32 or uint8. Raises InputError
+    if the file is damaged, or another one.
+    """
+    for record in read_records(path, limit):
+        with reading(path):
+            scene = decode_scene(record, name)
+        yield scene
+
+
+def read_records(path, limit=None):
+    """Yields the records of a TFRecord file as bytes, the first `limit` of them.
+
+    It reads on to the end of the file, where GZIP's checksum is. (A file that was inflated on its
+    way here has no checksum that is quick to check, but those of its records' lengths.)
+    """
+    with reading(path), open(path, "rb") as raw:
+        compressed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        file = gzip.GzipFile(fileobj=raw) if compressed else raw
+        count = 0
+        while count != limit and (header := file.read(12)):
             length = int.from_bytes(checked(header[:8], header[8:]), "little")
-            scene = parse_example(file.read(length + 4)[:-4])
-            mask = scene["mask"].reshape(mask_shape) != 0
-            scene["mask"] = (mask.transpose(2, 0, 1) if entities_third else mask).astype(np.uint8)
-            scene["image"] = scene["image"].reshape(image_shape)
-            for key, array in scene.items():
-                if array.size == 3 * len(scene["mask"]):
-                    scene[key] = array.reshape(-1, 3)
-            yield scene
-            number += 1
-        while file.read(2 ** 24):  # whatever the limit: GZIP's checksum is at the file's end
-            pass
-        if number == 0:
+            record = file.read(length + 4)[:-4]
+            if len(record) != length:
+                raise EOFError("a record ends too early")
+            yield record
+            count += 1
+        if count == 0:
             raise EOFError("it holds no record")
+        while compressed and file.read(2 ** 24):
+            done = raw.tell() / os.path.getsize(path)
+            say(f"checking the rest of {path}: {done:.0%}", renew=True)
+
+
+def decode_scene(record, name):
+    """Returns the scene of a record as a dict of arrays, see read_tfrecords."""
+    image_shape, mask_shape, entity_axis = TFRECORDS[name.removesuffix("_train")]
+    scene = parse_example(record)
+    scene["image"] = scene["image"].reshape(image_shape)
+    mask = np.moveaxis(scene["mask"].reshape(mask_shape), entity_axis, 0) != 0
+    scene["mask"] = mask.view(np.uint8)
+    for key, array in scene.items():
+        if array.size == 3 * len(mask):  # a colour or a place of each entity
+            scene[key] = array.reshape(-1, 3)
+    return scene
 
 
 def parse_example(record):
-    """A serialised tf.train.Example -> {feature: flat array, uint8 or float32}."""
+    """Returns {feature: flat array, uint8 or float32} of a serialised tf.train.Example."""
     scene = {}
-    for entry in protobuf(protobuf(memoryview(record))[1][0])[1]:
+    features = protobuf(memoryview(record))[1][0]
+    for entry in protobuf(features)[1]:
         entry = protobuf(entry)
-        name, feature = bytes(entry[1][0]).decode(), protobuf(entry[2][0])
-        if 1 in feature:  # a BytesList of single bytes, each a message of its own: field 1, length 1, the byte
+        name = bytes(entry[1][0]).decode()
+        feature = protobuf(entry[2][0])
+        if 1 in feature:  # a BytesList of single bytes, each a message: field 1, length 1, the byte
             array = np.frombuffer(feature[1][0], np.uint8).reshape(-1, 3)
-            if (array[:, :2] != (10, 1)).any():
+            if (array[:, 0] != 10).any() or (array[:, 1] != 1).any():
                 raise ValueError("its byte strings are not single bytes")
             scene[name] = array[:, 2]
         else:
-            scene[name] = np.frombuffer(protobuf(feature[2][0])[1][0], "<f4")
+            floats = protobuf(feature[2][0])[1][0]
+            scene[name] = np.frombuffer(floats, "<f4")
     return scene
 
 
 def read_tf_checkpoint(prefix):
-    """{key: float32 array} of a TensorFlow 2 checkpoint of one shard. PREFIX.index is a LevelDB table, uncompressed, of
-    BundleEntry messages (tensor_bundle.proto), which say where in PREFIX.data-00000-of-00001 each array lies."""
-    index, data = Path(f"{prefix}.index").read_bytes(), Path(f"{prefix}.data-00000-of-00001").read_bytes()
+    """Returns {key: float32 array} of a TensorFlow 2 checkpoint of one shard.
 
-    def block(place):
-        """The (key, value) pairs of one block: of each key what differs from the key before is stored."""
-        offset, place = varint(place)
-        end = offset + varint(place)[0] + 1
-        buffer = checked(index[offset:end], index[end:end + 4])
-        key, restarts = b"", int.from_bytes(buffer[-5:-1], "little")
-        buffer = buffer[:len(buffer) - 5 - 4 * restarts]
-        while buffer:
-            shared, buffer = varint(buffer)
-            unshared, buffer = varint(buffer)
-            length, buffer = varint(buffer)
-            key = key[:shared] + buffer[:unshared]
-            yield key.decode(), buffer[unshared:unshared + length]
-            buffer = buffer[unshared + length:]
-
+    PREFIX.index is a LevelDB table, uncompressed, of BundleEntry messages (tensor_bundle.proto),
+    which say where in PREFIX.data-00000-of-00001 each array lies. Raises InputError.
+    """
     arrays = {}
     with reading(f"{prefix}.index"):
-        _, footer = varint(index[-48:])  # first the place of the metaindex, two numbers that nobody needs
-        _, footer = varint(footer)
-        for _, place in block(footer):
-            for key, value in block(place):
+        index = Path(f"{prefix}.index").read_bytes()
+        data = Path(f"{prefix}.data-00000-of-00001").read_bytes()
+        footer = index[-48:]
+        for _ in range(2):  # the place of the metaindex, an offset and a size: nobody needs it
+            _, footer = varint(footer)
+        for _, place in table_block(index, footer):
+            for key, value in table_block(index, place):
                 entry = protobuf(value)
-                if key and entry.get(1) == [1]:  # "" is the header; dtype 1 is float32
-                    shape = [protobuf(dim).get(1, [0])[0] for dim in protobuf(entry[2][0]).get(2, [])]
-                    offset, size = entry.get(4, [0])[0], entry[5][0]
-                    array = checked(data[offset:offset + size], entry[6][0])
-                    arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
+                if not key or entry.get(1) != [1]:  # the header, or not float32
+                    continue
+                dims = protobuf(entry[2][0]).get(2, [])
+                shape = [protobuf(dim).get(1, [0])[0] for dim in dims]
+                offset = entry.get(4, [0])[0]
+                array = checked(data[offset:offset + entry[5][0]], entry[6][0])
+                arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
     return arrays
 
 
+def table_block(table, place):
+    """Yields the (key, value) pairs of one block of a LevelDB table, at an (offset, size)."""
+    offset, place = varint(place)
+    size, _ = varint(place)
+    end = offset + size + 1
+    block = checked(table[offset:end], table[end:end + 4])
+    restarts = int.from_bytes(block[-5:-1], "little")
+    block = block[:len(block) - 5 - 4 * restarts]
+    key = b""
+    while block:
+        shared, block = varint(block)  # bytes of the key that are as in the key before
+        unshared, block = varint(block)
+        length, block = varint(block)
+        key = key[:shared] + block[:unshared]
+        block = block[unshared:]
+        yield key.decode(), block[:length]
+        block = block[length:]
+
+
 def protobuf(buffer):
-    """A protobuf message -> {field: [values]}: numbers, or bytes still to be decoded."""
+    """Returns {field: [values]} of a protobuf message: numbers, or bytes still to be decoded."""
     fields = {}
     while buffer:
         tag, buffer = varint(buffer)
-        if tag & 7 == 0:
+        wire_type = tag & 7
+        if wire_type == 0:
             value, buffer = varint(buffer)
         else:
-            size, buffer = (4, buffer) if tag & 7 == 5 else varint(buffer)  # four bytes, or the length first
+            size, buffer = (4, buffer) if wire_type == 5 else varint(buffer)
             if size > len(buffer):
                 raise ValueError("a message ends too early")
-            value, buffer = buffer[:size], buffer[size:]
+            value = buffer[:size]
+            buffer = buffer[size:]
         fields.setdefault(tag >> 3, []).append(value)
     return fields
 
 
 def varint(buffer):
-    """protobuf's variable-length number at the start of a buffer -> the number, the rest of the buffer."""
+    """Returns protobuf's variable-length number at the start of a buffer, and the rest of it."""
     number = 0
     for i in range(10):
         number |= (buffer[i] & 127) << 7 * i
@@ -311,12 +497,13 @@ def varint(buffer):
 
 
 def checked(buffer, checksum):
-    """A buffer whose checksum is right: CRC-32C, rotated and shifted."""
+    """Returns a buffer if its masked CRC-32C is right, else raises ValueError."""
     crc = 0xFFFFFFFF
     for byte in buffer:
         crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
     crc ^= 0xFFFFFFFF
-    if ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF != int.from_bytes(checksum, "little"):
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    if masked != int.from_bytes(checksum, "little"):
         raise ValueError("a checksum is wrong")
     return buffer
 
@@ -325,28 +512,165 @@ CRC_TABLE = list(range(256))
 for _ in range(8):
     CRC_TABLE = [crc >> 1 ^ 0x82F63B78 * (crc & 1) for crc in CRC_TABLE]
 
-# --- Files: whole or absent, and none runs code ----------------------------------------------------------------------
+# --- The cache: scenes decoded or generated once, mapped from a file ----------------------------
+
+CACHE_VERSION = 3  # change it whenever any dataset is decoded or generated in another way
 
 
-def say(line, end="\n"):
-    """A message on stderr, of the first process alone. A closed terminal or pipe is no reason to stop."""
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            print(line, end=end, file=sys.stderr, flush=True)
+def cached(name, root, sources, scenes, total):
+    """Returns {key: array [n, ...]} of all scenes, mapped from the cache; builds it if need be.
+
+    scenes: an iterator of blocks {"image": [m, H, W, 3], "objects": list of m numbers, ...}, each
+    written as it comes. total: how many scenes are expected. sources: the files that the scenes
+    come from: when one of them changes, there is another cache. It lies in root/cache, or, if
+    nothing can be written there, in data/cache. Of several processes one builds it.
+    """
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    key = hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()[:8]
+    paths = [folder / f"{name}-{key}.zip" for folder in (root / "cache", Path("data/cache"))]
+    for path in paths:
+        if path.exists():
+            return read_cache(path)
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path.parent / "lock", "w")
+        except OSError as error:
+            say(f"{path.parent} cannot be written: {error}")
+            continue
+        with file:
+            lock(file, wait=True)
+            if not path.exists():  # another process may have built it meanwhile
+                write_cache(path, scenes, total)
+        return read_cache(path)
+    raise InputError("there is no folder to write the cache to; go to one that can be written")
+
+
+def write_cache(path, scenes, total):
+    """Writes blocks of scenes as they come: the member "records" of a zip file, not compressed."""
+    objects = []
+    begin = time.monotonic()
+    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("records", "w", force_zip64=True) as stream:
+            start = file.tell()
+            for block in scenes:
+                objects += block.pop("objects")
+                fields = [(key, array.dtype.str, array.shape[1:]) for key, array in block.items()]
+                records = np.empty(len(block["image"]), fields)  # a scene's arrays side by side
+                for key, array in block.items():
+                    records[key] = array
+                stream.write(records.tobytes())
+                rate = len(objects) / (time.monotonic() - begin)
+                say(f"building {path}: {len(objects):,} scenes, {rate:,.0f} a second, "
+                    f"{duration((total - len(objects)) / rate)} left", renew=True)
+        if not objects:
+            raise InputError(f"there is no scene to build {path} from")
+        about = {"start": start, "fields": fields, "objects": objects}
+        archive.writestr("about.json", json.dumps(about))
+    say(f"built {path}: {len(objects):,} scenes in {duration(time.monotonic() - begin)}")
+
+
+@functools.lru_cache  # its checksums are verified once in a run
+def read_cache(path):
+    """Returns the arrays of a cache, mapped, and the numbers of objects."""
+    with reading(path, "; it can be deleted"), zipfile.ZipFile(path) as archive:
+        if RANK == 0 and archive.testzip():
+            raise ValueError("a checksum is wrong")
+        about = json.loads(archive.read("about.json"))
+        fields = [(key, kind, tuple(shape)) for key, kind, shape in about["fields"]]
+        objects = np.array(about["objects"])
+        records = np.memmap(path, fields, "c", about["start"], len(objects))
+    return {"objects": objects, **{key: np.asarray(records[key]) for key in records.dtype.names}}
+
+
+def on_all_cores(function, jobs):
+    """Yields function(job) of each job, in their order. Few jobs are taken ahead."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the cores are busy with jobs of their own
+    results = deque()
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            for job in jobs:
+                results.append(pool.submit(function, job))
+                if len(results) > 2 * cores:
+                    yield results.popleft().result()
+            while results:
+                yield results.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+# --- Files: whole or absent, and none runs code -------------------------------------------------
+
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+
+
+def say(line, renew=False):
+    """Prints a message on stderr, from the first process alone.
+
+    renew: a line that the next message replaces, on a terminal; elsewhere it is not printed.
+    """
+    terminal = sys.stderr.isatty()
+    if RANK > 0 or (renew and not terminal):
+        return
+    with contextlib.suppress(OSError):  # a closed terminal or pipe is no reason to stop
+        print("\r\x1b[K" * terminal + line, end="" if renew else "\n", file=sys.stderr, flush=True)
+
+
+def duration(seconds):
+    """Returns a duration in the unit that a person would use."""
+    for unit, size in ("days", 86_400), ("h", 3_600), ("min", 60):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 @contextlib.contextmanager
-def one_line_errors():
-    """What a person can mend, a file or a value, ends the program in one line, with exit code 2."""
+def one_line_errors(*others):
+    """Ends the program with one line and exit code 2 after an InputError, or one of the others."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        say(f"{Path(sys.argv[0]).name}: {error}")
+    except (InputError, *others) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
+@contextlib.contextmanager
+def reading(path, hint=""):
+    """Turns whatever a missing or damaged file raises into an InputError that names it."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # PIL, torch and zipfile have many ways to say it
+        reason = getattr(error, "strerror", None)
+        if not reason:
+            reason = f"it is damaged or of another kind, {error!r:.100}"
+        raise InputError(f"{path}: {reason}{hint}") from error
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Opens a new file that takes the place of `path` at the end, when it is whole.
+
+    A kill, a full disk or an error leaves what was there before.
+    """
+    part = path.with_name(f"part-{path.name}")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error}); what was there before is kept") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def lock(file, wait=False):
-    """Locks an open file until it is closed or its process ends -> False if another process has it."""
+    """Locks an open file until it is closed. Returns False if another process has the lock."""
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -355,396 +679,434 @@ def lock(file, wait=False):
     return True
 
 
-def open_log(path, text):
-    """Opens and locks a run's log, and writes it anew from its checkpoint's: a killed run logged more than it saved."""
-    if os.environ.get("RANK", "0") != "0":
-        return open(os.devnull, "wb")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path, "ab", buffering=0)
-    if not lock(log):
-        raise ValueError(f"another process is training into {path.parent}/: wait for it, or choose another --out")
-    log.truncate(0)
-    log.write(text.encode())
-    return log
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """Gives a temporary Path, which replaces `path` at the end: a kill, a full disk or an error leaves that alone."""
-    part = path.with_name(f"part-{path.name}")  # the suffix stays: it says a figure's format
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is kept") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Turns whatever a damaged file raises into a ValueError of one line that names the file."""
-    try:
-        yield
-    except Exception as error:  # PIL, torch and zipfile have many ways to say it
-        if isinstance(error, OSError) and error.filename:  # missing, or not to be read
-            raise
-        raise ValueError(f"{path} is damaged or of another kind ({error!r:.100}); a cache can be deleted") from None
-
-
-def read_file(path, mmap=False):
-    """A checkpoint, file of weights or cache (.pt) -> its content; mmap: mapped, not copied. No code in it is run."""
+def read_file(path):
+    """Returns the content of a checkpoint or a file of weights (.pt). No code in it is run."""
     with reading(path):
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load checks no checksums
+            if archive.testzip():  # torch.load verifies no checksums
                 raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def cached(path, sources, scenes):
-    """Scenes, an iterator of {key: array [m, ...]} -> {key: tensor [n, ...]} of all, from the file at `path`; it is
-    built if it is not there, or a source came since, whatever its date. Of several processes one builds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.parent / "lock", "w") as file:
-        lock(file, wait=True)
-        if not path.exists() or any(path.stat().st_mtime < source.stat().st_ctime for source in sources):
-            say(f"building {path} (once)")
-            blocks = []
-            for block in scenes:
-                blocks.append(block)
-                if len(blocks) % 100 == 0:
-                    say(f"{sum(len(block['image']) for block in blocks):,} scenes", end="\r")
-            if not any(len(block["image"]) for block in blocks):
-                raise ValueError("there is no scene, or none with --min-objects to --max-objects")
-            # What is joined is let go: the pictures of all of CLEVR, twice, are 10 GB.
-            content = {key: torch.from_numpy(np.concatenate([block.pop(key) for block in blocks]))
-                       for key in list(blocks[0])}
-            with whole_file(path) as part:
-                torch.save(content, part)
-    return read_file(path, mmap=True)
-
-
-def on_all_cores(function, jobs):
-    """function(job) of each job, in order."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each core has a job of its own: PyTorch's threads in it would only get in the way
-    try:
-        with ThreadPoolExecutor(cores) as pool:
-            yield from pool.map(function, jobs)
-    finally:
-        torch.set_num_threads(threads)
-
-
-# --- Generated scenes ------------------------------------------------------------------------------------------------
-
-GENERATORS = 2  # another number whenever they draw other scenes: it is in the names of their caches
+# --- Generated scenes ---------------------------------------------------------------------------
 
 
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
-    """Scenes drawn by the rules of a dataset, through the cache, as `load`. The splits are the same in every run."""
-    if name != "clevr_like":
-        say(f"no {DATA[name][0]}.tfrecords in {root}/: {count:,} {split} scenes are generated by the same rules")
-        if resolution != DATA[name][2]:
-            raise ValueError(f"generated {name} come in one size: leave --resolution out")
-    seed, size = 1 if split == "train" else 2, 32 if name == "clevr_like" else 1_000
+    """Returns the arrays of scenes drawn by the rules of a dataset, through the cache, as in load.
 
-    def draw(start):
-        number, key = min(size, count - start), (seed, start)
-        if name == "clevr_like":
-            scenes = make_clevr_like(number, key, resolution, max(min_objects, 3), max_objects, crop != "none")
-        else:
-            make = make_tetrominoes if name == "tetrominoes" else make_multi_dsprites
-            scenes = make(number, key)
-        scenes["label"] = scenes["mask"].argmax(1).astype(np.uint8)
-        objects = scenes["visibility"].sum(1) - 1
-        keep = (objects >= min_objects) & (objects <= max_objects)
-        return {key: scenes[key][keep] for key in ("image", "label", "target") if key in scenes}
+    The two splits come from two seeds, the same in every run.
+    """
+    stem, _, _, native = FILES[name]
+    make_scenes = {
+        "tetrominoes": make_tetrominoes,
+        "multi_dsprites": make_multi_dsprites,
+        "clevr_like": make_clevr_like,
+    }[name]
+    size = 1_000  # of a block of scenes
+    options = ()
+    cache = f"{name}-{split}-{count}"
+    if name == "clevr_like":
+        size = 32
+        max_objects = min(max_objects, 10)
+        options = (resolution, max(min_objects, 3), max_objects, crop != "none")
+        cache += f"-{resolution}-{crop}-{min_objects}-{max_objects}"
+    else:
+        say(f"no {stem}.tfrecords in {root}/: {count:,} {split} scenes are generated by its rules")
+        if resolution != native:
+            raise InputError(f"generated {name} come at --resolution {native} only")
 
-    path = root / "cache" / f"{name}{GENERATORS}-{split}-{count}-{resolution}-{crop}-{min_objects}-{max_objects}.pt"
-    arrays = cached(path, [], on_all_cores(draw, range(0, count, size)))
-    return Scenes(arrays["image"], arrays["label"], arrays.get("target"), source=f"generated {name}")
+    def make(start):
+        number = min(size, count - start)
+        seed = (1 if split == "train" else 2), start
+        scenes = make_scenes(number, seed, *options)
+        visible = np.count_nonzero(scenes["visibility"], 1)
+        return {
+            **{key: scenes[key] for key in ("image", "target") if key in scenes},
+            "label": np.uint8(scenes["mask"].argmax(1)),
+            "objects": (visible - 1).tolist(),
+        }
+
+    return cached(cache, root, [], on_all_cores(make, range(0, count, size)), count)
 
 
 # The 19 orientations of I, O, L, J, T, S and Z, rows from top to bottom.
-TETROMINOES = """####     #/#/#/#  ##/##
-                 #./#./## ###/#..  ##/.#/.# ..#/###  .#/.#/## #../###  ##/#./#. ###/..#
-                 ###/.#.  .#/##/.# .#./###  #./##/#. .##/##.  #./##/.# ##./.##  .#/##/#.""".split()
-TETROMINO_CELLS = np.array([np.argwhere([[cell == "#" for cell in line] for line in piece.split("/")])
-                            for piece in TETROMINOES])  # [19, 4, 2]
-TETROMINO_EXTENT = 5 * (TETROMINO_CELLS.max(axis=1) + 1)  # [19, 2], height and width in pixels
-TETROMINO_COLORS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]])
-TETROMINO_TILE = np.array([[191, 255, 255, 255, 223]] + 3 * [[127, 159, 159, 159, 191]] + [[95, 63, 63, 63, 127]])
+TETROMINOES = """
+    ####     #/#/#/#  ##/##
+    #./#./## ###/#..  ##/.#/.# ..#/###  .#/.#/## #../###  ##/#./#. ###/..#
+    ###/.#.  .#/##/.# .#./###  #./##/#. .##/##.  #./##/.# ##./.##  .#/##/#.
+""".split()
+TETROMINO_TILE = np.loadtxt("""
+    191 255 255 255 223
+    127 159 159 159 191
+    127 159 159 159 191
+    127 159 159 159 191
+     95  63  63  63 127
+""".splitlines(), int)  # a cell's brightness, with its bevel, measured on real scenes
+TETROMINO_PICTURES = [
+    np.kron([[cell == "#" for cell in line] for line in piece.split("/")], TETROMINO_TILE)
+    for piece in TETROMINOES]
+TETROMINO_LIGHT = np.array([p[p > 0] for p in TETROMINO_PICTURES])              # [19, 100]
+TETROMINO_PIXELS = np.array([p.nonzero() for p in TETROMINO_PICTURES])          # [19, 2, 100]
+TETROMINO_COLORS = np.loadtxt("""
+    1 0 0
+    0 1 0
+    0 0 1
+    1 1 0
+    1 0 1
+    0 1 1
+""".splitlines(), int)
 
 
 def make_tetrominoes(count, seed):
-    """Scenes by the rules of DeepMind's Tetrominoes: three pieces of 19 orientations and six colours, at any pixel
-    where they lie inside 35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
+    """Returns scenes by the rules of DeepMind's Tetrominoes, as a dict of arrays.
 
-    -> image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1; factors [n, 4]: shape (1 to 19), x, y (the bounding
-    box's left and top pixel), visibility (1: all are there); color [n, 4, 3] (RGB, 0/1). The background is first."""
+    Three pieces, of 19 orientations and six colours, stand at any pixel where they lie inside
+    35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
+    image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1; shape (1 to 19), x, y (left and top
+    pixel), visibility (1: all are there) [n, 4]; color [n, 4, 3] (RGB, 0/1). Background first.
+    """
     rng = np.random.default_rng(seed)
-    piece, corner = np.empty((count, 3), int), np.empty((count, 3, 2), int)
+    piece = np.empty((count, 3), int)
+    corner = np.empty((count, 3, 2), int)
     todo = np.arange(count)
-    while len(todo):  # draw three pieces at once, until none overlap: uniform over the scenes that are allowed
-        piece[todo] = rng.integers(len(TETROMINOES), size=(len(todo), 3))
-        corner[todo] = rng.integers(35 - TETROMINO_EXTENT[piece[todo]] + 1)               # [m, 3, 2]
-        cells = corner[todo][:, :, None] + 5 * TETROMINO_CELLS[piece[todo]]               # [m, 3, 4, 2]
-        gaps = np.abs(cells[:, [0, 0, 1], :, None] - cells[:, [1, 2, 2], None, :])        # [m, 3 pairs, 4, 4, 2]
-        todo = todo[(gaps < 5).all(axis=-1).any(axis=(1, 2, 3))]
-    color = TETROMINO_COLORS[rng.integers(len(TETROMINO_COLORS), size=(count, 3))]
-    image, mask = draw_tetrominoes(piece, corner, color)
-    factors = {"shape": piece + 1, "color": color, "x": corner[..., 1], "y": corner[..., 0]}
-    factors = {key: np.insert(value, 0, 0, axis=1) for key, value in factors.items()}
-    return {"image": image, "mask": mask, **factors, "visibility": np.ones((count, 4))}
+    while len(todo):  # all three pieces anew until none overlap: each allowed scene is as likely
+        piece[todo] = rng.choice(19, (len(todo), 3))
+        corner[todo] = rng.integers(35 - TETROMINO_PIXELS[piece[todo]].max(3))
+        covered = draw_tetrominoes(piece[todo], corner[todo], 1)
+        todo = todo[covered.sum((1, 2)) < 300]
+    label = draw_tetrominoes(piece, corner, [[1], [2], [3]])
+    light = draw_tetrominoes(piece, corner, TETROMINO_LIGHT[piece])
+    factors = background_first(
+        shape=piece + 1,
+        color=rng.choice(TETROMINO_COLORS, (count, 3)),
+        x=corner[..., 1],
+        y=corner[..., 0],
+    )
+    return {
+        "image": light[..., None] * paint(np.uint8(factors["color"]), label),
+        "mask": one_hot(label, 4),
+        "visibility": np.ones((count, 4)),
+        **factors,
+    }
 
 
-def draw_tetrominoes(piece, corner, color):
-    """piece [n, 3] (0 to 18), corner [n, 3, 2] (top, left), color [n, 3, 3] -> image and mask, as make_tetrominoes."""
-    count = len(corner)
-    image, label = np.zeros((count, 35, 35, 3), np.uint8), np.zeros((count, 35, 35), np.uint8)
-    cells = (corner[:, :, None] + 5 * TETROMINO_CELLS[piece])[..., None, None]            # [n, 3, 4, 2, 1, 1]
-    scenes, pixels = np.arange(count)[:, None, None, None], np.arange(5)
-    for p in range(3):
-        rows, cols = cells[:, p, :, 0] + pixels[:, None], cells[:, p, :, 1] + pixels      # [n, 4, 5, 1], [n, 4, 1, 5]
-        image[scenes, rows, cols] = TETROMINO_TILE[:, :, None] * color[:, p, None, None, None]
-        label[scenes, rows, cols] = p + 1
-    return image, (label[:, None] == np.arange(4, dtype=np.uint8)[:, None, None]).view(np.uint8)
+def draw_tetrominoes(piece, corner, values):
+    """Returns pictures [n, 35, 35] uint8 of pieces [n, 3] at corners [n, 3, 2], in some values.
+
+    values, broadcast to [n, 3, 100]: of the pixels of each piece, in their order, row by row.
+    """
+    rows, cols = np.moveaxis(corner[..., None] + TETROMINO_PIXELS[piece], 2, 0)
+    picture = np.zeros((len(piece), 35, 35), np.uint8)
+    picture[np.arange(len(piece))[:, None, None], rows, cols] = values
+    return picture
 
 
-def make_moving_tetrominoes(frames, seed, speed=2.0):
-    """A clip that begins with such a scene. Each piece moves `speed` pixels a frame in a direction of its own, is
-    thrown back by the border, and passes over or under the others. -> image [F, 35, 35, 3] uint8"""
-    scene, rng = make_tetrominoes(1, seed), np.random.default_rng(seed)
-    piece = scene["shape"][:, 1:] - 1                                                     # [1, 3]
-    start = np.stack([scene["y"], scene["x"]], axis=-1)[:, 1:]                            # [1, 3, 2]
-    angle = rng.uniform(0, 2 * np.pi, (1, 3))
-    way = np.arange(frames)[:, None, None] * speed * np.stack([np.sin(angle), np.cos(angle)], axis=-1)
-    room = 35 - TETROMINO_EXTENT[piece]
-    corner = np.abs((start + way + room) % (2 * room) - room)                             # [F, 3, 2], a triangle wave
-    return draw_tetrominoes(piece, corner.round().astype(int), scene["color"][:, 1:])[0]
+def paint(palette, label):
+    """Returns pictures [n, H, W, 3] of labels [n, H, W], each in its scene's palette [n, E, 3]."""
+    return palette[np.arange(len(label))[:, None, None], label]
 
 
-DSPRITES_SCALES, DSPRITES_ORIENTATIONS = np.linspace(0.5, 1, 6), np.linspace(0, 2 * np.pi, 40)
+def background_first(there=1, **factors):
+    """Returns factors [n, 1 + E, ...] of [n, E, ...]: 0 of the background, and where there is 0."""
+    return {key: np.insert(values, 0, 0, 1) * there for key, values in factors.items()}
+
+
+def one_hot(label, entities):
+    """Returns masks [n, E, H, W] uint8 0/1 of labels [n, H, W]."""
+    return np.uint8(label[:, None] == np.arange(entities)[:, None, None])
 
 
 def make_multi_dsprites(count, seed):
-    """Scenes after DeepMind's Multi-dSprites, colored_on_grayscale: 2 to 5 sprites (6 scales, 40 orientations, 32 x 32
-    positions), the later over the earlier, on grey. The same (count, seed) gives the same scenes.
+    """Returns scenes after DeepMind's Multi-dSprites, colored_on_grayscale, as a dict of arrays.
 
-    -> image [n, 64, 64, 3] uint8; mask [n, 6, 64, 64] uint8 0/1, background first; factors [n, 6], padded with zeros:
-    shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians), x, y (0 to 1), visibility; color [n, 6, 3]."""
+    2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions), the later over the earlier, on
+    grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; mask
+    [n, 6, 64, 64] uint8 0/1; shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians),
+    x, y (0 to 1), visibility [n, 6]; color [n, 6, 3]. Background first, zeros as padding.
+    """
     rng = np.random.default_rng(seed)
-    there = np.arange(5) < rng.integers(2, 6, (count, 1))                                 # [n, 5]
-    shape, scale, turn, row, col = (rng.integers(size, size=(count, 5)) for size in (3, 6, 40, 32, 32))
-    hsv = np.stack([rng.random((count, 5)), *rng.uniform(0.5, 1, (2, count, 5))], axis=-1)
-    palette = np.concatenate([rng.random((count, 1, 1)).repeat(3, 2), hsv_to_rgb(hsv)], axis=1)        # [n, 6, 3]
+    there = np.arange(6) <= rng.integers(2, 6, (count, 1))                      # [n, 6]
+    size = (count, 5)
+    shape = rng.choice(3, size)
+    scale = rng.choice(np.linspace(0.5, 1, 6), size)
+    orientation = rng.choice(np.linspace(0, 2 * np.pi, 40), size)
+    row = rng.choice(32, size)
+    col = rng.choice(32, size)
+    hue = rng.random(size)
+    color = hsv_to_rgb(np.dstack([hue, *rng.uniform(0.5, 1, (2, *size))]))
+    palette = np.insert(color, 0, rng.random((count, 1)), 1)  # [n, 6, 3], first a grey
 
-    label, pixels = np.zeros((count, 64, 64), np.uint8), np.arange(64) - 16
-    for s in range(5):  # the painter's order
-        angle, size = DSPRITES_ORIENTATIONS[turn[:, s, None, None]], 12 * DSPRITES_SCALES[scale[:, s, None, None]]
-        y, x = pixels[:, None] - row[:, s, None, None], pixels - col[:, s, None, None]    # [n, 64, 1], [n, 1, 64]
-        u = (np.cos(angle) * x + np.sin(angle) * y) / size                                # [n, 64, 64]
-        v = (np.cos(angle) * y - np.sin(angle) * x) / size
-        square = np.maximum(np.abs(u), np.abs(v)) < 0.8
+    label = np.empty((count, 64, 64), np.uint8)
+    pixels = np.arange(64)[:, None] - 16
+    for i in range(count):
+        offset = pixels - col[i] + 1j * (pixels[:, None] - row[i])              # [64, 64, 5]
+        turned = offset * np.exp(-1j * orientation[i]) / (12 * scale[i])
+        u = turned.real
+        v = turned.imag
+        square = np.maximum(abs(u), abs(v)) < 0.8
         ellipse = u ** 2 + (v / 0.6) ** 2 < 1
-        heart = u ** 2 + (-1.2 * v + 0.1 - 0.75 * np.sqrt(np.abs(u))) ** 2 < 0.9
-        label[np.choose(shape[:, s, None, None], [square, ellipse, heart]) & there[:, s, None, None]] = s + 1
-    image = (palette * 255).round().astype(np.uint8)[np.arange(count)[:, None, None], label]
+        heart = u ** 2 + (-1.2 * v + 0.1 - 0.75 * np.sqrt(abs(u))) ** 2 < 0.9
+        inside = np.choose(shape[i], [square, ellipse, heart]) & there[i, 1:]
+        label[i] = (inside * np.arange(1, 6)).max(2)  # the later over the earlier
+    return {
+        "image": paint(np.uint8((palette * 255).round()), label),
+        "mask": one_hot(label, 6),
+        "visibility": there.astype(float),
+        "color": palette * there[..., None],
+        **background_first(
+            there,
+            shape=shape + 1,
+            scale=scale,
+            orientation=orientation,
+            x=col / 31,
+            y=row / 31,
+        ),
+    }
 
-    factors = {"shape": shape + 1, "scale": DSPRITES_SCALES[scale], "orientation": DSPRITES_ORIENTATIONS[turn],
-               "x": col / 31, "y": row / 31}
-    factors = {key: np.insert(np.where(there, value, 0), 0, 0, axis=1) for key, value in factors.items()}
-    visibility = np.insert(there, 0, True, axis=1)
-    return {"image": image, "mask": (label[:, None] == np.arange(6, dtype=np.uint8)[:, None, None]).view(np.uint8),
-            **factors, "visibility": visibility.astype(float), "color": palette * visibility[..., None]}
+
+# --- Synthetic CLEVR, ray-cast ------------------------------------------------------------------
+
+# By code; 0 is no object. A size is a radius, half a height, half a side; a color linear albedo.
+CLEVR_SIZES = np.float32([1, 0.7, 0.35])
+CLEVR_COLORS = 255 * to_rgba_array(
+    "#ffffff #ad2323 #29d0d0 #1d6914 #2a4bd7 #814a19 #575757 #8126c0 #ffee33".split())[:, :3]
+# A solid of size 1 has six limits: |ball * point| <= 1, and on each axis |box * point| <= 1 (0: no
+# limit). By shape: the ground, sphere, cylinder, cube, whose corners a ball of radius 1.61 cuts
+# off. Last, the square of its radius, and 1 % more.
+CLEVR_SOLIDS = np.loadtxt("""
+    0  1     1     0.62
+    0  1     1     0.62
+    0  1     0     0.62
+    0  0     0     1
+    0  0     0     1
+    0  0     1     1
+    0  1.01  2.02  2.63
+""".splitlines())
+# The mean camera, aimed at the origin, and its focal length (pixels of the 480 x 320 frame) fit the
+# pixel_coords of CLEVR_v1.0; the power of key, fill and back lamp and the ambient light fit bare
+# ground there.
+CLEVR_FRAME = (0, 320, 0, 480)  # top, bottom, left, right
+CLEVR_CAMERA = np.array([7.481, -6.508, 5.344])
+CLEVR_FOCAL = 525
+CLEVR_LAMPS, CLEVR_POWER = np.hsplit(np.loadtxt("""
+     6.447 -2.905 4.258   5.75 5.32 4.63
+    -4.671 -4.014 3.011   1.20 1.31 1.66
+    -1.168  2.646 5.816   2.60 2.54 2.49
+""".splitlines()), 2)
+CLEVR_AMBIENT = 0.135
 
 
-# --- CLEVR look-alike, ray-cast --------------------------------------------------------------------------------------
+def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, crop=True):
+    """Returns scenes after CLEVR (Johnson et al., 2017), as DeepMind's CLEVR with masks has them.
 
-# By code; 0 is no object. A size is a radius, half a height, half a side; a color is linear albedo.
-CLEVR_SIZES = np.array([1, 0.7, 0.35], np.float32)
-CLEVR_COLORS = np.array([[255, 255, 255], [173, 35, 35], [41, 208, 208], [29, 105, 20], [42, 75, 215], [129, 74, 25],
-                         [87, 87, 87], [129, 38, 192], [255, 238, 51]])
-# Six limits of each solid, in which |ball * point| <= 1 and on each axis |box * point| <= 1 (0: no limit): sphere,
-# cylinder, cube whose corners a ball cuts off. Their radii squared, and 1% more.
-CLEVR_SOLIDS = np.array([[0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 1], [0.62, 0.62, 0.62, 1, 1, 1]])
-CLEVR_REACH = np.array([-np.inf, 1.01, 2.02, 2.63])
-# The mean camera, aimed at the origin, and its focal length (pixels of the 480 x 320 frame) fit the pixel_coords of
-# CLEVR_v1.0; power of key, fill and back lamp and ambient light fit bare ground.
-CLEVR_CAMERA, CLEVR_FOCAL = np.array([7.481, -6.508, 5.344]), 525
-CLEVR_LAMPS = np.array([[6.447, -2.905, 4.258], [-4.671, -4.014, 3.011], [-1.168, 2.646, 5.816]])
-CLEVR_POWER, CLEVR_AMBIENT = np.array([[5.75, 5.32, 4.63], [1.20, 1.31, 1.66], [2.60, 2.54, 2.49]]), 0.135
+    Scene i depends on seed, numbers of objects and i, not on count. crop: the central square, in
+    which objects may be cut or missing, as object discovery sees them; else the whole frame, made
+    square. image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1; target [n, 10, 19], see
+    clevr_target; x, y, z (3d_coords), rotation (0 to 360; drawn as if in radians, as CLEVR does),
+    visibility (1: is there), size, material, shape, color (as in CLEVR_CODES) [n, 11]. Background
+    first, zeros as padding. Raises InputError if not 1 <= min_objects <= max_objects <= 10.
+    """
+    if not 1 <= min_objects <= max_objects <= 10:
+        raise InputError("synthetic CLEVR needs 1 <= min_objects <= max_objects <= 10, not "
+                         f"{min_objects} and {max_objects}")
+    window = CLEVR_CROP[320, 480] if crop else CLEVR_FRAME
+    scenes = []
+    for i in range(count):
+        rng = np.random.default_rng(np.append(seed, i))
+        number = rng.integers(min_objects, max_objects + 1)
+        factors, scene = draw_clevr_scene(rng, number)
+        image, entity = scene.render(window, resolution)
+        scenes.append({
+            "image": image,
+            "mask": one_hot(entity[None], 11)[0],
+            "target": clevr_target(factors),
+            **factors,
+        })
+    return {key: np.stack([scene[key] for scene in scenes]) for key in scenes[0]}
+
+
+def draw_clevr_scene(rng, number):
+    """Draws a scene by the rules of CLEVR's generator: its factors [11], and a ClevrScene of them.
+
+    As there, all begins anew if an object finds no place, or shows under 200 pixels of 240 x 320.
+    """
+    camera = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3)
+    lamps = CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
+    x, y, _ = camera_axes(camera)[0]
+    aside_and_ahead = [[x, -y], [y, x]]
+    factors = {key: rng.integers(1, len(names) + 1, number, np.uint8)
+               for key, names in CLEVR_CODES.items()}
+    size = CLEVR_SIZES[factors["size"]]
+    place = np.zeros((number, 2), np.float32)
+    for i in range(number):
+        trials = rng.uniform(-3, 3, (50, 2))
+        step = trials[:, None] - place[:i]                                      # [50, i, 2]
+        gap = np.linalg.norm(step, axis=2) - size[:i] - size[i]                 # [50, i]
+        apart = abs(step @ aside_and_ahead).min(2) > 0.4
+        fitting = trials[(apart & (gap > 0.25)).all(1)]
+        if not len(fitting):
+            return draw_clevr_scene(rng, number)
+        place[i] = fitting[0]
+    factors["x"], factors["y"] = place.T
+    factors["z"] = size
+    factors["rotation"] = np.float32(rng.uniform(0, 360, number))
+    factors = {key: np.pad(values, (1, 10 - number)) for key, values in factors.items()}
+    scene = ClevrScene(camera, lamps, **factors)
+    factors["visibility"] = np.float32(np.arange(11) <= number)
+    rays = scene.camera_rays(pixel_centers(CLEVR_FRAME, 40, 60))  # each stands for 32 pixels
+    before, _ = scene.intersect(*rays)
+    before[:, 0] = 100  # the ground, behind all objects
+    seen = torch.bincount(before.argmin(1), minlength=number + 1)
+    if 32 * seen.min() < 200:
+        return draw_clevr_scene(rng, number)
+    return factors, scene
 
 
 def camera_axes(camera):
-    """Right, down and ahead of a camera [3] that is aimed at the origin: [3, 3]."""
+    """Returns right, down and ahead of a camera [3] that is aimed at the origin: [3, 3]."""
     ahead = -camera / np.linalg.norm(camera)
-    right = np.array([ahead[1], -ahead[0], 0]) / np.hypot(ahead[0], ahead[1])
+    right = np.cross(ahead, [0, 0, 1])
+    right /= np.linalg.norm(right)
     return np.stack([right, np.cross(ahead, right), ahead])
 
 
 def project(points, camera=CLEVR_CAMERA):
-    """CLEVR's 3d_coords [..., 3] -> column, row (in the 480 x 320 frame), depth [..., 3], seen from `camera` [3]."""
+    """Returns column and row (in the 480 x 320 frame) and depth of 3d_coords [..., 3]: [..., 3]."""
     view = (points - camera) @ camera_axes(camera).T
-    return np.concatenate([view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160), view[..., 2:]], -1)
+    view[..., :2] = view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160)
+    return view
 
 
-def pixel_centers(top, bottom, left, right, rows, columns):
-    """A part of the frame, divided into pixels -> column and row in the frame of centers [R, 2]."""
-    y = top + (torch.arange(rows) + 0.5) * (bottom - top) / rows
-    x = left + (torch.arange(columns) + 0.5) * (right - left) / columns
-    return torch.stack([x.repeat(rows), y.repeat_interleave(columns)], 1)
+def pixel_centers(window, rows, columns):
+    """Returns row and column [R, 2] of the centers of rows x columns pixels of a window."""
+    top, bottom, left, right = window
+    y = top + torch.arange(0.5, rows) * (bottom - top) / rows
+    x = left + torch.arange(0.5, columns) * (right - left) / columns
+    return torch.cartesian_prod(y, x)
 
 
 def dot(a, b):
+    """Returns the inner products of vectors [..., 3]: [..., 1]."""
     return (a * b).sum(-1, keepdim=True)
 
 
-def apply(matrix, vector):
-    return (matrix * vector[:, None]).sum(2)
+def transform(matrix, vector):
+    """Returns matrix @ vector, of matrices [Q, m, 3] and vectors [Q, 3]: [Q, m]."""
+    return (matrix @ vector[..., None])[..., 0]
 
 
 class ClevrScene:
     """One scene, and what R rays see in it. Its E entities begin with the ground."""
 
-    def __init__(self, factors, camera, lamps):
-        there = factors["visibility"] > 0
-        x, y, angle, size, shape, color, material = (
-            factors[key][there] for key in ("x", "y", "rotation", "size", "shape", "color", "material"))
-        size, cos, sin, zero = CLEVR_SIZES[size], np.cos(angle), np.sin(angle), np.zeros_like(angle)
-        turn = np.stack([cos, sin, zero, -sin, cos, zero, zero, zero, zero + 1], 1).reshape(-1, 3, 3)
-        solid = (CLEVR_SOLIDS[shape] / size[:, None])[:, :, None] * np.tile(turn, (1, 2, 1))  # [E, 6, 3]
-        arrays = (camera, camera_axes(camera), lamps, CLEVR_POWER, CLEVR_COLORS[color] / 255, material == 2,
-                  np.stack([x, y, size], 1), CLEVR_REACH[shape] * size ** 2, solid)
-        (self.camera, self.axes, self.lamps, self.power, self.albedo, self.metal, self.center, self.reach,
-         self.solid) = (torch.as_tensor(array, dtype=torch.float32) for array in arrays)
+    def __init__(self, camera, lamps, x, y, z, rotation, size, material, shape, color):
+        size = CLEVR_SIZES[size]
+        cos = np.cos(rotation)
+        sin = np.sin(rotation)
+        zero = 0 * cos
+        turn = np.array([  # [3, 6, E]: to the axes of the solids, for the ball and for the box
+            [cos, -sin, zero] * 2,
+            [sin, cos, zero] * 2,
+            [zero, zero, zero + 1] * 2,
+        ])
+        limits = CLEVR_SOLIDS[:6, shape] / size                                 # [6, E]
+
+        arrays = {
+            "camera": camera,
+            "axes": camera_axes(camera),
+            "lamps": lamps,
+            "power": CLEVR_POWER,
+            "albedo": CLEVR_COLORS[color] / 255,                                # [E, 3]
+            "metal": material == 2,                                             # [E]
+            "center": np.stack([x, y, z], 1),                                   # [E, 3]
+            "reach": CLEVR_SOLIDS[6, shape] * size ** 2,                           # [E]
+            "solid": (limits * turn).T,                                         # [E, 6, 3]
+        }
+        for name, array in arrays.items():
+            setattr(self, name, torch.tensor(array.tolist()))
 
     def camera_rays(self, pixel):
-        """Pixels [R, 2] -> the origins and unit directions [R, 3] of the rays through them."""
+        """Returns origins and unit directions, [R, 3] each, of the rays through pixels [R, 2]."""
         right, down, ahead = self.axes
-        x, y = ((pixel - pixel.new_tensor([240, 160])) / CLEVR_FOCAL).split(1, 1)
+        y, x = ((pixel - torch.tensor([160, 240])) / CLEVR_FOCAL).split(1, 1)
         direction = F.normalize(x * right + y * down + ahead, dim=1)
         return self.camera.expand_as(direction), direction
 
     def intersect(self, origin, direction):
-        """How far rays go before each solid (inf: past it), and then inside it: [R, E] each."""
-        # A closer look only at the Q pairs of a ray and a solid whose bounding sphere it meets.
-        along = direction @ self.center.T - dot(origin, direction)                 # [R, E]
-        square = dot(origin, origin) - 2 * origin @ self.center.T + dot(self.center, self.center).T
-        ray, entity = ((along > 0) & (square - along ** 2 < self.reach)).nonzero(as_tuple=True)
-        p, q = apply(self.solid[entity], origin[ray] - self.center[entity]).split(3, 1)     # [Q, 3] each
-        d, e = apply(self.solid[entity], direction[ray]).split(3, 1)
+        """Returns how far rays go before each entity, and then inside, as a share of that.
+
+        [R, E] each. Past it they go infinitely far, and 0.
+        """
+        # Only the Q pairs of a ray and a solid whose bounding sphere it meets are looked at.
+        along = direction @ self.center.T - dot(origin, direction)              # [R, E]
+        tangent = (torch.cdist(origin, self.center) ** 2 - self.reach).clamp(0).sqrt()
+        ray, entity = (along > tangent).nonzero(as_tuple=True)
+        solid = self.solid[entity]
+        position = origin[ray] - self.center[entity]
         # In the ball from when to when |p + time * d| = 1; in the box |q + time * e| = 1, by axis.
-        a, b, c = dot(d, d).clamp(min=1e-9), dot(p, d), dot(p, p) - 1
-        root = (b ** 2 - a * c).clamp(min=0).sqrt()
-        one, other = (-1 - q) / e, (1 - q) / e
-        enter = torch.cat([(-b - root) / a, torch.minimum(one, other)], 1).amax(1)
-        leave = torch.cat([(-b + root) / a, torch.maximum(one, other)], 1).amin(1)
-        hit = (enter > 0.001) & (enter < leave)  # not the solid whose surface a ray begins on
-        before, inside = torch.full_like(along, torch.inf), torch.zeros_like(along)
-        before[ray, entity] = torch.where(hit, enter, torch.inf)
-        inside[ray, entity] = torch.where(hit, leave - enter, 0)
+        p, q = transform(solid, position).split(3, 1)          # [Q, 3] each
+        d, e = transform(solid, direction[ray]).split(3, 1)
+        a = dot(d, d).clamp(1e-9)
+        b = dot(p, d)
+        c = dot(p, p) - 1
+        root = (b ** 2 - a * c).clamp(0).sqrt()
+        one, other = (torch.cat([(side * root - b) / a, (side - q) / e], 1) for side in (-1, 1))
+        enter = one.minimum(other).amax(1)
+        leave = one.maximum(other).amin(1)
+        hit = (enter > 0.001) & (enter < leave)  # not the solid on whose surface the ray begins
+        before = torch.full_like(along, torch.inf)
+        before[ray, entity] = enter.where(hit, torch.inf)
+        inside = torch.zeros_like(along)
+        inside[ray, entity] = ((leave - enter) / enter).where(hit, 0)
         return before, inside
 
     def shade(self, origin, direction, mirrors=True):
-        """What rays see: linear color [R, 3] and entity [R]. mirrors=False: metal as rubber."""
-        distance, _ = self.intersect(origin, direction)
-        distance[:, 0] = origin[:, 2] / (-direction[:, 2]).clamp(min=0.001)  # sky: far ground
-        distance, entity = distance.min(1)
+        """Returns what rays see: linear color [R, 3], entity [R]. mirrors=False: no metal."""
+        before, _ = self.intersect(origin, direction)
+        before[:, 0] = origin[:, 2] / (-direction[:, 2]).clamp(0.001)  # the sky is far ground
+        distance, entity = before.min(1)
         position = origin + distance[:, None] * direction
-        # Of the surface |ball * point| ** 16 + sum((box * point) ** 16) = 1: edges look round.
-        p, q = apply(self.solid[entity], position - self.center[entity]).split(3, 1)
-        gradient = torch.cat([p * dot(p, p) ** 7, q ** 15], 1)                     # [R, 6]
-        normal = F.normalize(apply(self.solid[entity].mT, gradient), dim=1)
-        normal[entity == 0] = normal.new_tensor([0, 0, 1])
+        # The normal of |ball * point| ** 16 + sum((box * point) ** 16) = 1: edges look round.
+        solid = self.solid[entity]
+        offset = position - self.center[entity]
+        p, q = transform(solid, offset).split(3, 1)
+        gradient = torch.cat([p * dot(p, p) ** 7, q ** 15], 1)                  # [R, 6]
+        normal = F.normalize(transform(solid.mT, gradient), dim=1)
+        normal[entity == 0, 2] = 1  # the ground's is up
         mirrored = direction - 2 * dot(direction, normal) * normal
-        sky = torch.exp(-direction[:, 2:].clamp(min=0) / 0.07)  # it darkens from the horizon up
-        light = CLEVR_AMBIENT * torch.where(entity[:, None] > 0, 1, sky)
+        sky = (-direction[:, 2:].clamp(0) / 0.07).exp()  # it darkens from the horizon up
+        sky[entity > 0] = 1
+        light = CLEVR_AMBIENT * sky
         gloss = 0
         for lamp, power in zip(self.lamps, self.power):
             to_lamp = lamp - position
             distance = dot(to_lamp, to_lamp).sqrt()
-            to_lamp = to_lamp / distance
+            to_lamp /= distance
             # Soft shadows: lamps have a size, so where a solid is thin, they look over its edge.
-            before, inside = self.intersect(position, to_lamp)
-            power = power * (1 - 2 * inside / before).amin(1, keepdim=True).clamp(min=0)
-            power = power * dot(to_lamp, F.normalize(lamp, dim=0)).clamp(min=0)  # the lamps face the origin
-            light = light + power * dot(to_lamp, normal).clamp(min=0) / distance ** 2
-            gloss = gloss + power * dot(to_lamp, mirrored).clamp(min=0) ** 100
-        color = self.albedo[entity] * light
+            _, inside = self.intersect(position, to_lamp)
+            lit = (1 - 2 * inside.amax(1, keepdim=True)).clamp(0)
+            aim = F.normalize(lamp, dim=0)  # at the origin
+            power = power * lit * dot(to_lamp, aim).clamp(0)
+            light = light + power * dot(to_lamp, normal).clamp(0) / distance ** 2
+            gloss += power * dot(to_lamp, mirrored).clamp(0) ** 100
         if mirrors:
-            metal = self.metal[entity] > 0
-            seen, _ = self.shade(position[metal], mirrored[metal], mirrors=False)
-            color[metal] = self.albedo[entity[metal]] * (seen + gloss[metal] + 0.2 * light[metal])
-        return color, entity
+            metal = self.metal[entity]
+            seen, _ = self.shade(position[metal], mirrored[metal], False)
+            light[metal] = seen + gloss[metal] + 0.2 * light[metal]
+        return self.albedo[entity] * light, entity
 
     def render(self, window, resolution):
-        """A window of the frame as for `pixel_centers` -> image [H, W, 3] uint8, entity [H, W]."""
-        pixel = pixel_centers(*window, resolution, resolution)
+        """Returns image [H, W, 3] uint8 and entity [H, W] of a window of the frame."""
+        pixel = pixel_centers(window, resolution, resolution)
         color, entity = self.shade(*self.camera_rays(pixel))
-        picture = color.clamp(max=1) ** (1 / 2.2)
+        picture = color.clamp(max=1).view(resolution, resolution, 3) ** (1 / 2.2)
         # Antialiasing: three rays for each pixel that differs from a neighbor.
-        grid = picture.T.view(3, resolution, resolution)
-        edge = (F.max_pool2d(grid, 3, 1, 1) + F.max_pool2d(-grid, 3, 1, 1) > 0.25).any(0).flatten()
+        grid = picture.permute(2, 0, 1)
+        contrast = F.max_pool2d(grid, 3, 1, 1) + F.max_pool2d(-grid, 3, 1, 1)
+        edge = (contrast > 0.25).any(0)
         size = (pixel[-1] - pixel[0]) / (resolution - 1)
-        pixel = pixel[edge, None] + size * pixel.new_tensor([[-1, 0], [0, 1], [1, -1]]) / 3  # [r, 3, 2]
-        color, _ = self.shade(*self.camera_rays(pixel.flatten(0, 1)))
-        picture[edge] = color.view(-1, 3, 3).clamp(max=1).mean(1) ** (1 / 2.2)
-        image = (255 * picture).round().byte().view(resolution, resolution, 3)
+        offset = size * torch.tensor([[0, -1], [1, 0], [-1, 1]]) / 3
+        pixel = pixel[edge.flatten(), None] + offset                            # [r, 3, 2]
+        color, _ = self.shade(*self.camera_rays(pixel.flatten(0, 1)))           # [3 * r, 3]
+        picture[edge] = color.clamp(max=1).view(-1, 3, 3).mean(1) ** (1 / 2.2)
+        image = (255 * picture).round().byte()
         return image.numpy(), entity.view(resolution, resolution).numpy()
-
-
-def draw_clevr_scene(rng, number):
-    """By the rules of CLEVR's generator: factors [11] (background first), camera [3] and the ClevrScene of them. As
-    there, all begins anew if an object finds no place or shows under 200 pixels of 240 x 320."""
-    camera, lamps = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3), CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
-    x, y = camera[:2] / np.hypot(camera[0], camera[1])
-    ahead_and_aside = np.array([[x, -y], [y, x]])
-    factors = {key: rng.integers(1, len(names) + 1, number, np.uint8) for key, names in CLEVR_CODES.items()}
-    size, place = CLEVR_SIZES[factors["size"]], np.zeros((number, 2), np.float32)
-    for i in range(number):
-        trials = rng.uniform(-3, 3, (50, 2))
-        step = trials[:, None] - place[:i]                                         # [50, i, 2]
-        gap = np.linalg.norm(step, axis=2) - size[:i] - size[i]
-        fits = ((gap > 0.25) & (np.abs(step @ ahead_and_aside) > 0.4).all(2)).all(1)
-        if not fits.any():
-            return draw_clevr_scene(rng, number)
-        place[i] = trials[fits.argmax()]
-    factors.update(x=place[:, 0], y=place[:, 1], z=size, rotation=np.float32(rng.uniform(0, 360, number)))
-    factors = {key: np.pad(values, (1, 10 - number)) for key, values in factors.items()}
-    factors["visibility"] = np.float32(np.arange(11) <= number)
-    scene = ClevrScene(factors, camera, lamps)
-    distance, _ = scene.intersect(*scene.camera_rays(pixel_centers(0, 320, 0, 480, 40, 60)))
-    distance[:, 0] = 100  # the ground, behind all objects
-    seen = torch.bincount(distance.argmin(1), minlength=number + 1)
-    if seen.min() < 200 / (240 * 320) * len(distance):
-        return draw_clevr_scene(rng, number)
-    return factors, camera, scene
-
-
-def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, crop=True):
-    """Scenes after CLEVR (Johnson et al. 2017), in the layout of DeepMind's CLEVR with masks. Scene i depends on seed,
-    numbers of objects and i, not on count. crop: the central square, in which objects may be cut or missing, as object
-    discovery sees them; else the whole frame, made square.
-
-    -> image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1, background first; target [n, 10, 19], see clevr_target;
-    factors [n, 11], padded with zeros: x, y, z (3d_coords), rotation (0 to 360; drawn as if in radians, as CLEVR does),
-    visibility (1: is there), size, material, shape, color (from 1 as in CLEVR_CODES); pixel_coords [n, 11, 3]: column
-    and row of the center in the picture, whose pixel j spans [j, j + 1], and depth."""
-    if not 1 <= min_objects <= max_objects <= 10:
-        raise ValueError(f"need 1 <= min_objects <= max_objects <= 10, got {min_objects} and {max_objects}")
-    top, bottom, left, right = window = CLEVR_CROP[320, 480] if crop else (0, 320, 0, 480)
-    scenes = []
-    for i in range(count):
-        rng = np.random.default_rng((*np.atleast_1d(seed), i))
-        factors, camera, scene = draw_clevr_scene(rng, rng.integers(min_objects, max_objects + 1))
-        image, entity = scene.render(window, resolution)
-        coords = project(np.stack([factors["x"], factors["y"], factors["z"]], 1), camera)    # [11, 3]
-        coords = (coords - (left, top, 0)) * (resolution / (right - left), resolution / (bottom - top), 1)
-        coords[factors["shape"] == 0] = 0
-        scenes.append({"image": image, "mask": np.uint8(entity == np.arange(11)[:, None, None]), **factors,
-                       "pixel_coords": np.float32(coords), "target": clevr_target(factors)})
-    return {key: np.stack([scene[key] for scene in scenes]) for key in scenes[0]}

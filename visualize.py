@@ -1,239 +1,327 @@
 """Draws what a trained model sees: the paper's Figure 3, and more.
 
-    python visualize.py [RUN ...]                 a run's folder, or a file of weights: Figure 3; of several part (a)
+    python visualize.py [RUN ...]                 Figure 3; of several runs its part (a)
+    python visualize.py RUN --figure row          low and wide: all about a scene in one row
+    python visualize.py RUN --figure curve        the training curves, of several runs as well
     python visualize.py RUN --images a.png b.jpg  your own pictures
-    python visualize.py RUN --figure curve        the training curve, of several runs as well
-    python visualize.py RUN --figure clip         slots carried through a clip of moving Tetrominoes, or of --images
+    python visualize.py RUN --figure clip --images 1.png 2.png ...    slots carried along
+
+A RUN is a run's folder or a file of weights; without it, it is the newest one under runs/, else the
+weights that come with the code. A model for set prediction has a figure of its own.
 """
 
 import argparse
+import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from matplotlib.animation import FuncAnimation
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 
 import data
-from slot_attention import SlotAttentionClassifier, load_model
+from data import InputError
+from slot_attention import WeightsError, load_model
 
-WEIGHTS = Path(__file__).resolve().parent / "assets" / "tetrominoes.pt"
-NAMES = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 navy saddlebrown lime darkviolet teal".split()
-COLORS = torch.tensor(to_rgba_array(NAMES)[:, :3]).float().repeat(9, 1)   # the slots'; first Okabe and Ito's
+WEIGHTS = Path(__file__).parent / "assets/tetrominoes.pt"
+# The slots' colours, a hundred times over; first Okabe and Ito's, which the colour-blind can tell.
+COLORS = to_rgba_array(100 *
+    "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 "
+    "navy saddlebrown limegreen darkviolet teal".split())[:, :3]
+
+# --- Load ---------------------------------------------------------------------------------------
+
+
+def read_run(path):
+    """Returns the checkpoint in a run's folder, or the content of a file of weights, as a dict.
+
+    A file may be somebody else's: of its config only what says what its scenes are is kept. Raises
+    InputError if there is no such file, or none of this project.
+    """
+    is_run = os.path.isdir(path)
+    file = f"{path}/checkpoint.pt" if is_run or not path else path
+    checkpoint = data.read_file(file)
+    if not (isinstance(checkpoint, dict)
+            and checkpoint.keys() >= {"task", "arguments", "config", "model"}):
+        raise InputError(f"{file} is no checkpoint and no weights of this project")
+    config = checkpoint["config"]
+    if not is_run:
+        keys = "data", "crop", "min_objects", "max_objects"
+        config = {key: config[key] for key in keys if key in config}
+    return {**checkpoint, "config": config}
+
+
+def load_run(path):
+    """Returns a run's model, whose weights ask for no gradient, and its checkpoint (read_run)."""
+    checkpoint = read_run(path)
+    try:
+        model = load_model(checkpoint)
+    except WeightsError as error:
+        raise InputError(f"{path}: {error}") from error
+    return model.requires_grad_(False), checkpoint
+
+
+def load_batch(run, checkpoint, args):
+    """Returns a batch of the user's pictures, or of held-out scenes of the run's dataset.
+
+    image [B, 3, H, W] in [-1, 1], maybe target [B, 10, 19]; see data.Scenes. A picture becomes its
+    central square; one of CLEVR's own, for a model of CLEVR, is cropped as in training.
+    """
+    config = checkpoint["config"]
+    resolution = checkpoint["arguments"]["resolution"]
+    if args.images:
+        pictures = []
+        for path in args.images:
+            picture = data.read_picture(path)
+            array = np.array(picture)
+            if config["data"].startswith("clevr") and array.shape[:2] in data.CLEVR_CROP:
+                array = data.resize(data.cropped(array, config["crop"]), resolution)
+            else:
+                array = data.square(picture, resolution)
+            pictures.append(array)
+        return data.Scenes(np.stack(pictures)).batch(range(len(pictures)))
+
+    if "data_root" not in config and config["data"] not in data.FILES:
+        raise InputError(f"{run} comes without its dataset: give pictures, --images")
+    scenes = data.load(
+        config["data"], "eval", config.get("data_root", "data"),
+        config.get("eval_count", args.count), resolution, config["crop"],
+        config["min_objects"], config["max_objects"], config.get("masks"))
+    return scenes.batch(range(len(scenes))[:args.count])
+
+
+# --- Compute ------------------------------------------------------------------------------------
+# A figure has rows: a label, and a list of cells. A cell is (head, picture [H, W, 3] in [0, 1],
+# colour of its frame): those of the whole scene, in black, then one for each slot, in its colour.
 
 
 def to_rgb(picture):
-    """[..., 3, H, W] in [-1, 1] -> [..., H, W, 3] in [0, 1]."""
-    return (picture.float() / 2 + 0.5).clamp(0, 1).movedim(-3, -1)
+    """Converts a tensor [..., 3, H, W] in [-1, 1] to an array [..., H, W, 3] in [0, 1]."""
+    return (picture / 2 + 0.5).clamp(0, 1).movedim(-3, -1).numpy()
 
 
-def attention_over(image, attn):
-    """image [3, H, W], attn [K, h, w] -> attn [K, H, W], and the grey image tinted by it in each slot's colour."""
-    attn = F.interpolate(attn[None].float(), image.shape[1:], mode="nearest-exact")[0]
-    grey = to_rgb(image).mean(-1, keepdim=True) * 0.6 + 0.2                   # [H, W, 1]
-    return attn, grey + attn[..., None] * (COLORS[:len(attn), None, None] - grey)
+def slot_cells(head, weights, pictures, background):
+    """Returns a cell of all slots' colours, then each slot's cell: its picture over a background.
+
+    weights [K, h, w] sum to 1 over the slots. pictures [K, H, W, 3], or mere colours [K, 3].
+    background [H, W, 1 or 3].
+    """
+    K = len(weights)
+    weights = data.resize_labels(weights.permute(1, 2, 0).numpy(), len(background))  # [H, W, K]
+    cells = [(head, background * (weights @ COLORS[:K]), "black")]
+    for k in range(K):
+        picture = background + weights[..., k, None] * (pictures[k] - background)
+        cells.append((f"slot {k + 1}", picture, COLORS[k]))
+    return cells
 
 
-def scene_row(image, output, i, attention=False):
-    """Scene i: image, reconstruction, all masks in the slots' colours, each slot's masked picture or its attention."""
-    weights = output.masks[i, :, 0]                                           # [K, H, W], over K they sum to 1
-    slots = 1 + weights[..., None] * (to_rgb(output.recons[i]) - 1)           # [K, H, W, 3]
-    if attention:
-        weights, slots = attention_over(image, output.attn[i, -1])
-    shares = torch.einsum("khw,kc->hwc", weights.float(), COLORS[:len(weights)]).clamp(0, 1)
-    return [to_rgb(image), to_rgb(output.recon_combined[i]), shares, *slots]
+def mask_cells(image, output, i=0):
+    """Returns the cells of scene i: image [3, H, W], reconstruction, all masks, slots on white."""
+    image = to_rgb(image)
+    recon = to_rgb(output.recon_combined[i])
+    slots = slot_cells("all masks", output.masks[i, :, 0], to_rgb(output.recons[i]),
+                       np.ones_like(image))
+    return [("image", image, "black"), ("reconstruction", recon, "black"), *slots]
 
 
-def figure_3(name, images, outputs, parts="abc"):
-    """images [B, 3, H, W], outputs {iterations: Decomposition} -> blocks for `draw`: (a) all, (b), (c) the first."""
-    scenes = [(f"scene {i + 1}", scene_row(image, outputs[max(outputs)], i)) for i, image in enumerate(images)]
-    steps = [(f"iteration {t}", output) for t, output in outputs.items()]
-    attention = [(label, scene_row(images[0], output, 0, attention=True)) for label, output in steps]
-    decomposition = [(label, scene_row(images[0], output, 0)) for label, output in steps]
-    blocks = {"a": (f"(a) Decomposition: {name}" if "b" in parts else name, scenes),
-              "b": ("(b) Attention at each iteration", attention),
-              "c": ("(c) Decomposition after each iteration", decomposition)}
-    return [blocks[part] for part in parts]
+def attention_cells(image, attn, head="attention"):
+    """Returns the cells of attn [K, h, w], of all slots and of each, over the image in grey."""
+    grey = 0.4 * to_rgb(image).mean(2, keepdims=True) + 0.6             # [H, W, 1]
+    return slot_cells(head, attn, COLORS, grey)
 
 
-def show(axis, picture, color="black"):
-    """A picture [H, W, 3] in a frame."""
-    axis.imshow(picture.numpy(), interpolation="nearest")
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set(color=color, linewidth=2)
+# --- Draw ---------------------------------------------------------------------------------------
 
 
-def draw(blocks, figure=None):
-    """blocks: (title, [(label, pictures [H, W, 3])]) each -> a figure, one under the other. The first three pictures of
-    a row are of the whole scene; then comes one per slot, framed in its colour."""
-    columns = max(len(pictures) for _, rows in blocks for _, pictures in rows)
-    heights = [len(rows) + 0.6 for _, rows in blocks]
-    heads = ["image", "reconstruction", "all masks"] + [f"slot {k + 1}" for k in range(columns - 3)]
-    figure = figure or Figure(figsize=(1.1 * columns + 0.6, 1.1 * sum(heights)), layout="constrained")
-    figure.clear()
-    parts = figure.subfigures(len(blocks), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for (title, rows), part in zip(blocks, parts):
-        part.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-        axes = part.subplots(len(rows), columns, squeeze=False)
-        for axis, head in zip(axes[0], heads):
-            axis.set_title(head, fontsize=9)
-        for row, (label, pictures) in zip(axes, rows):
-            row[0].set_ylabel(label, fontsize=9)
-            for axis, picture, color in zip(row, pictures, 3 * ["black"] + COLORS.tolist()):
-                show(axis, picture, color)
-            for axis in row[len(pictures):]:  # of another run with more slots
-                axis.set_visible(False)
+def draw(rows, height=1.65):
+    """Returns a Figure of rows, each `height` inches high. Heads stand where they change."""
+    columns = max(len(cells) for _, cells in rows)
+    figure = Figure((1.6 * columns, height * len(rows)), layout="constrained")
+    heads = {}
+    for i, (label, cells) in enumerate(rows):
+        for k, (head, picture, color) in enumerate(cells):
+            axis = figure.add_subplot(len(rows), columns, i * columns + k + 1)
+            # A square on the screen, but in the units of CLEVR's frame, for draw_objects.
+            axis.imshow(picture, extent=(0, 480, 320, 0), aspect=1.5)
+            axis.set(xticks=[], yticks=[], ylabel="" if k else label)
+            axis.spines[:].set_color(color)
+            axis.spines[:].set_linewidth(2)
+            if heads.get(k) != head:
+                axis.set_title(head)
+            heads[k] = head
     return figure
 
 
-def figure_set_prediction(images, output, target=None):
-    """Of each slot its attention, and as predicted: place (3), size (2), material (2), shape (3), color (8), object."""
-    def place(coords):  # [..., 3] as predicted -> column and row in the resized picture, seen from CLEVR's mean camera
-        return data.project((6 * coords - 3).numpy())[..., :2] * size / (480, 320)
-    K, size, names = output.predictions.shape[1], np.array(images.shape[:1:-1]), data.CLEVR_TARGETS.values()
-    figure = Figure(figsize=(1.3 * K + 2.6, 2.6 * len(images)), layout="constrained")
-    figure.suptitle("Where each slot sees its object (rings: true places), its attention, what it predicts")
-    axes = figure.subplots(len(images), K + 1, squeeze=False, width_ratios=[2] + K * [1])
-    for i, (whole, *row) in enumerate(axes):
-        show(whole, to_rgb(images[i]))
-        if target is not None:
-            whole.scatter(*place(target[i, target[i, :, 18] > 0.5, :3]).T, s=130, facecolors="none", edgecolors="white")
-        _, overlays = attention_over(images[i], output.attn[i, -1])
-        for k, (axis, overlay, pred) in enumerate(zip(row, overlays, output.predictions[i].float())):
-            show(axis, overlay, COLORS[k].tolist())
+def show_masks(images, output):
+    """Returns a Figure like part (a), of images [B, 3, H, W] in [-1, 1] and the model's output."""
+    return draw([("", mask_cells(image, output, i)) for i, image in enumerate(images)])
+
+
+def draw_objects(batch, output):
+    """Returns a Figure of a SetPrediction: each slot's attention, and the object that it predicts.
+
+    Numbers stand where the slots see their objects, rings where the true ones are.
+    """
+    rows = []
+    for image, attn in zip(batch["image"], output.attn[:, -1]):
+        rows.append(("", [("image", to_rgb(image), "black"), *attention_cells(image, attn)]))
+    figure = draw(rows, 2.6)
+    axes = iter(figure.axes)
+    for i, predictions in enumerate(output.predictions):
+        whole = next(axes)
+        if "target" in batch:
+            target = batch["target"][i]
+            whole.plot(*place(target[target[:, 18] > 0.5]), "wo", fillstyle="none", markersize=13)
+        next(axes)  # the attention of all slots
+        for k, prediction in enumerate(predictions):
             words = ["no object"]
-            if pred[18] > 0.5:
-                words = [values[score.argmax()] for values, score in zip(names, pred[3:18].split([2, 2, 3, 8]))]
-                whole.text(*place(pred[:3]), k + 1, fontsize=6, ha="center", va="center", color="white", clip_on=True,
-                           bbox={"boxstyle": "circle,pad=0.2", "color": COLORS[k].tolist()})
-            axis.set(title=f"slot {k + 1}", xlabel="\n".join(words))
+            if prediction[18] > 0.5:
+                scores = prediction[3:18].split([2, 2, 3, 8])
+                names = data.CLEVR_TARGETS.values()
+                words = [name[score.argmax()] for name, score in zip(names, scores)]
+                whole.text(*place(prediction), k + 1, color="white", size=7, ha="center",
+                           va="center", bbox={"boxstyle": "circle,pad=0.2", "color": COLORS[k]})
+            next(axes).set_xlabel("\n".join(words))
     return figure
 
 
-def figure_curve(runs):
-    """Of each run the loss, and FG-ARI or AP, against steps."""
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    for run, color in zip(runs, COLORS.tolist()):
-        rows = [json.loads(line) for line in read_checkpoint(run).get("log", "").splitlines()]
-        evaluations = [row for row in rows if "eval_loss" in row]
-        if not evaluations:
-            raise ValueError(f"{run} has no log with an evaluation")
-        keys = [key for key in evaluations[-1] if key.startswith(("loss", "eval_loss", "ari", "ap_"))]
-        for key, style in zip(keys, ("-", "o:", "o-", "s--", "^-.", "v:", "D:")):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            axis = upper if "loss" in key else lower
-            axis.plot(*zip(*points), style, color=color, linewidth=1, markersize=3, label=f"{run}: {key}")
-    upper.set(ylabel="loss", yscale="log")
-    lower.set(ylabel="FG-ARI or AP", xlabel="steps", ylim=(None, 1))
-    figure.legend(loc="outside right upper", fontsize=8)
-    return figure
+def place(objects):
+    """Returns columns and rows of objects [..., 19], seen by CLEVR's mean camera (480 x 320)."""
+    return data.project(6 * objects[..., :3].numpy() - 3)[..., :2].T
 
 
-# --- Command line ----------------------------------------------------------------------------------------------------
-
-
-def number(kind, low, high):
-    """The type of a flag: an int or a float from low to high."""
-    def parse(text):
-        if not low <= kind(text) <= high:
-            raise ValueError
-        return kind(text)
-    parse.__name__ = f"number from {low} to {high}"  # argparse shows it
-    return parse
-
-
-def read_checkpoint(run):
-    """A run's folder or a file of weights -> its checkpoint. Raises OSError or ValueError."""
-    path = Path(run) / "checkpoint.pt" if Path(run).is_dir() else Path(run)
-    checkpoint = data.read_file(path)
-    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("config"), dict)):
-        raise ValueError(f"{path} is no checkpoint of this project")
-    return checkpoint
-
-
-def load_pictures(paths, config):
-    """-> [B, 3, H, W] in [-1, 1]: the central square (of CLEVR's pictures what the model was trained on), on white."""
-    pictures = []
-    for path in paths:
-        with data.reading(path), Image.open(path, formats=("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")) as file:
-            if file.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel")
-            picture = ImageOps.exif_transpose(file).convert("RGBA")  # none of these formats runs programs
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        clevr = config["data"].startswith("clevr") and picture.size[::-1] in data.CLEVR_CROP
-        picture = picture if clevr else ImageOps.fit(picture, 2 * [config["resolution"]], Image.Resampling.BOX)
-        pictures.append(data.resize(np.array(picture), config["resolution"], config["crop"] if clevr else "none"))
-    return data.Scenes(np.stack(pictures)).batch(torch.arange(len(pictures)))["image"]
-
-
-@torch.no_grad()
-def make_figure(args, runs):
-    """-> a function that writes the figure to a path."""
-    blocks = []
+def draw_curves(runs):
+    """Returns a Figure of each run's losses, and FG-ARI or AP, against steps."""
+    figure = Figure((9, 6), layout="constrained")
+    losses, scores = figure.subplots(2)
+    losses.set(ylabel="loss", yscale="log")
+    scores.set(ylabel="FG-ARI or AP", xlabel="steps")
     for run in runs:
-        checkpoint = read_checkpoint(run)
-        model, config = load_model(checkpoint), checkpoint["config"]
-        if args.images:
-            batch = {"image": load_pictures(args.images, config)}
-        elif args.figure == "clip":
-            if config["resolution"] != 35:
-                raise ValueError(f"--figure clip shows Tetrominoes of 35 x 35, which {run} is not for; try --images")
-            batch = data.Scenes(data.make_moving_tetrominoes(args.count, args.seed)).batch(torch.arange(args.count))
-        else:
-            keys = "data_root", "eval_count", "resolution", "crop", "min_objects", "max_objects"
-            scenes = data.load(config["data"], "eval", *(config[key] for key in keys))
-            batch = scenes.batch(torch.arange(min(args.count, len(scenes))))
-        images, target = batch["image"], batch.get("target")
-        K, T = args.num_slots or config["num_slots"], args.num_iterations or config["num_iterations"]
-        noise = torch.randn(len(images), K, config["slot_dim"], generator=torch.Generator().manual_seed(args.seed))
-        slots = model.slot_attention.init_slots(noise)                        # [B, K, D]
-        if isinstance(model, SlotAttentionClassifier):
-            return figure_set_prediction(images, model(images, slots, num_iterations=T), target).savefig
+        with data.reading(f"{run}/log.jsonl"), open(f"{run}/log.jsonl") as log:
+            rows = list(map(json.loads, log))
+        for key in ("loss", "eval_loss", "ari", "ap_inf", "ap_1", "ap_0.5", "ap_0.25", "ap_0.125"):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axis = losses if "loss" in key else scores
+            if points:
+                axis.plot(*zip(*points), marker=".", label=f"{run}: {key}")
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+def draw_runs(runs, args):
+    """Returns the Figure that --figure names, of one or several runs."""
+    rows = []
+    for run in runs:
+        model, checkpoint = load_run(run)
+        batch = load_batch(run, checkpoint, args)
+        images = batch["image"]
+        K = args.num_slots or checkpoint["arguments"]["num_slots"]
+        T = args.num_iterations or checkpoint["arguments"]["num_iterations"]
+        generator = torch.Generator().manual_seed(args.seed)
+        noise = torch.randn(len(images), K, model.slot_attention.dim, generator=generator)
+        slots = model.slot_attention.init_slots(noise)                  # [B, K, D]
+        if checkpoint["task"] == "set_prediction":
+            return draw_objects(batch, model(images, slots, num_iterations=T))
         if args.figure == "clip":
-            rows, slots = [], slots[:1]
-            for t, frame in enumerate(images):
-                output = model(frame[None], slots, num_iterations=T)
-                rows.append((f"frame {t + 1}", scene_row(frame, output, 0)))
-                slots = output.slots  # where the next frame starts
-            blocks.append(("Slots carried from frame to frame", rows))
+            rows += clip_rows(model, images, slots[:1], T)
+        elif args.figure == "row":
+            rows += [("", wide_cells(image, model(image[None], init[None], num_iterations=T)))
+                     for image, init in zip(images, slots)]
+        elif len(runs) == 1:
+            rows += figure_3(model, images, slots, T, args.figure)
         else:
-            outputs = {t: model(images, slots, num_iterations=t) for t in (1, 2, 3, 5, T) if t <= T}
-            blocks += figure_3(config["data"], images, outputs, args.figure if len(runs) == 1 else "a")
-    if not str(args.out).endswith(".gif"):
-        return draw(blocks).savefig
-    title, rows = blocks[-1]  # animated, a row at a time
-    figure = draw([(title, rows[:1])])
-    movie = FuncAnimation(figure, lambda t: draw([(title, rows[t:t + 1])], figure), len(rows))
-    return lambda path: movie.save(path, writer="pillow", fps=2)
+            rows += figure_3(model, images, slots, T, "a", checkpoint["config"]["data"])
+    return draw(rows)
+
+
+def figure_3(model, images, slots, T, parts, label="(a) scene"):
+    """Returns the rows of parts of Figure 3: (a) of each image, (b) and (c) of the first one."""
+    rows = []
+    if "a" in parts:
+        output = model(images, slots, num_iterations=T)
+        rows += [(f"{label} {i + 1}", mask_cells(image, output, i))
+                 for i, image in enumerate(images)]
+    steps = [t for t in (1, 2, 3, 5) if t < T] + [T]
+    image = images[0]
+    outputs = [model(image[None], slots[:1], num_iterations=t) for t in steps]
+    for part in "bc":
+        for t, output in zip(steps, outputs):
+            cells = mask_cells(image, output)
+            if part == "b":
+                cells[2:] = attention_cells(image, output.attn[0, -1])
+            if part in parts:
+                rows.append((f"({part}) iteration {t}", cells))
+    return rows
+
+
+def wide_cells(image, output):
+    """Returns all about one scene in one row: also its attention over the iterations."""
+    attn = output.attn[0]                                               # [T, K, h, w]
+    attention = []
+    for t in sorted({1, 2, 3, len(attn)}):
+        if t <= len(attn):
+            attention.append(attention_cells(image, attn[t - 1], f"attention,\niteration {t}")[0])
+    picture, recon, masks, *slots = mask_cells(image, output)
+    return [picture, *attention, masks, recon, *slots]
+
+
+def clip_rows(model, frames, slots, T):
+    """Returns a row a frame. The slots of a frame are the initial slots of the next."""
+    rows = []
+    for i, frame in enumerate(frames):
+        output = model(frame[None], slots, num_iterations=T)
+        slots = output.slots
+        rows.append((f"frame {i + 1}", mask_cells(frame, output)))
+    return rows
+
+
+# --- Command line -------------------------------------------------------------------------------
+
+
+def save(figure, path):
+    """Writes a Figure, whole or not at all. Raises InputError if its suffix is unknown."""
+    if not path.suffix:
+        path = Path(f"{path}.png")
+    kind = path.suffix[1:]
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise InputError(f"--out {path}: {path.suffix} is no kind of picture known here")
+    buffer = io.BytesIO()  # only what fails in writing is the user's to mend, not in drawing
+    figure.savefig(buffer, format=kind)
+    with data.whole_file(path) as file:
+        file.write(buffer.getbuffer())
+    data.say(f"drew {path}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("visualize.py", usage=argparse.SUPPRESS, allow_abbrev=False, description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="*", help="folders or files of weights (of set prediction one); else the newest")
-    parser.add_argument("--figure", choices=("a", "b", "c", "abc", "curve", "clip"), default="abc", help="what to draw")
-    parser.add_argument("--count", type=number(int, 1, 100), default=4, help="held-out scenes, or frames of the clip")
-    parser.add_argument("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
-    parser.add_argument("--num-slots", type=number(int, 1, 100), help="other than in training")
-    parser.add_argument("--num-iterations", type=number(int, 1, 100), help="other than in training")
-    parser.add_argument("--seed", type=number(int, 0, 1e9), default=0, help="of the slots' initial noise")
-    parser.add_argument("--out", help="default: figure.png in the run's folder; a .gif shows the last part row by row")
+    parser = argparse.ArgumentParser(
+        "visualize.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", nargs="*")
+    add("--figure", choices="a b c abc row curve clip".split(), default="abc")
+    add("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
+    add("--count", type=int, default=4, help="held-out scenes to draw [4]")
+    add("--num-slots", type=int, help="other than in training")
+    add("--num-iterations", type=int, help="other than in training")
+    add("--seed", type=int, default=0, help="of the slots' initial noise [0]")
+    add("--out", help="[figure.png or curve.png, in the run's folder]")
     args = parser.parse_args(argv)
-    newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)[-1:]
-    runs = args.run or [str(path.parent) for path in newest] or [str(WEIGHTS)]
     with data.one_line_errors():
-        folder = Path(runs[0]) if len(runs) == 1 and Path(runs[0]).is_dir() else Path()
-        out = Path(args.out or folder / ("curve.png" if args.figure == "curve" else "figure.png"))
-        out = out.with_suffix(out.suffix or ".png")
-        write = figure_curve(runs).savefig if args.figure == "curve" else make_figure(args, runs)
-        with data.whole_file(out) as part:
-            write(part)
-    data.say(f"drew {out}")
+        for name, value in vars(args).items():
+            least = 0 if name == "seed" else 1
+            if isinstance(value, int) and value < least:
+                raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
+        if args.figure == "clip" and not args.images:
+            raise InputError("--figure clip needs --images, the frames in their order")
+        newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)[-1:]
+        runs = args.run or [path.parent for path in newest] or [WEIGHTS]
+        folder = runs[0] if len(runs) == 1 and os.path.isdir(runs[0]) else ""
+        if args.figure == "curve":
+            save(draw_curves(runs), Path(args.out or Path(folder, "curve.png")))
+        else:
+            save(draw_runs(runs, args), Path(args.out or Path(folder, "figure.png")))
 
 
 if __name__ == "__main__":
