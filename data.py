@@ -18,6 +18,9 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# Before torch: its threads spin at every barrier, and so stall beside other busy processes.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -50,6 +53,8 @@ class Scenes:
     """
 
     def __init__(self, images, labels=None, targets=None, index=None, source=""):
+        if np.asarray(images).dtype != np.uint8:
+            raise TypeError("images must be uint8, 0 to 255")
         arrays = {"image": images, "label": labels, "target": targets}
         self.arrays = {key: array for key, array in arrays.items() if array is not None}
         self.index = np.arange(len(images)) if index is None else index
@@ -104,9 +109,11 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if masks and name in FILES:
         raise InputError(f"--masks is for a folder of pictures, not for {name}")
     root = Path(root)
-    stem, total, train_count, native = FILES.get(name, (name, None, None, 128))
+    stem, total, train_count, native = FILES.get(name, (None, None, None, 128))
     resolution = resolution or native
-    source = find(root, f"{stem}.tfrecords")
+    source = None
+    if stem:
+        source = find(root, f"{stem}.tfrecords")
     if name == "clevr" and not source:
         source = find(root, "CLEVR_v1.0")
     if name not in FILES:
@@ -192,8 +199,12 @@ def folder_arrays(folder, root, resolution, masks=None):
         return block
 
     sources = [*files, *mask_of.values()]
-    return cached(f"{folder.name}-{resolution}", root, sources, on_all_cores(read, files),
-                  len(files))
+    arrays = cached(f"{folder.name}-{resolution}", root, sources, on_all_cores(read, files),
+                    len(files))
+    if masks and not arrays["objects"].any():
+        raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
+                         "background, 255 is left out)")
+    return arrays
 
 
 def held_out_index(n, split):
@@ -291,7 +302,8 @@ def clevr_v1_scenes(folder, resolution, crop):
         path, target = job
         picture = np.array(read_picture(path))
         with reading(path):
-            image = resize(cropped(picture, crop), resolution)
+            picture = cropped(picture, crop)
+        image = resize(picture, resolution)
         return {"image": image[None], "target": target[None], "objects": [int(target[:, 18].sum())]}
 
     return on_all_cores(read, jobs)
@@ -339,15 +351,15 @@ def tfrecord_scenes(path, dataset, resolution, crop):
     crop = crop if is_clevr else "none"
 
     def decode(record):
+        block = {}
         with reading(path):
             scene = decode_scene(record, stem)
-            image = resize(cropped(scene["image"], crop), resolution)
-            mask = cropped(scene["mask"].transpose(1, 2, 0), crop)           # [h, w, E]
-            label = resize_labels(mask, resolution).argmax(2).astype(np.uint8)
-            objects = round(float(scene["visibility"].sum())) - 1  # it counts the background
-            block = {"image": image[None], "label": label[None], "objects": [objects]}
             if is_clevr:
                 block["target"] = clevr_target(scene)[None]
+        block["image"] = resize(cropped(scene["image"], crop), resolution)[None]
+        mask = cropped(scene["mask"].transpose(1, 2, 0), crop)                  # [h, w, E]
+        block["label"] = np.uint8(resize_labels(mask, resolution).argmax(2))[None]
+        block["objects"] = [round(float(scene["visibility"].sum())) - 1]  # not the background
         return block
 
     return on_all_cores(decode, read_records(path, limit))
@@ -386,9 +398,10 @@ def read_records(path, limit=None):
             count += 1
         if count == 0:
             raise EOFError("it holds no record")
-        while compressed and file.read(2 ** 24):
-            done = raw.tell() / os.path.getsize(path)
-            say(f"checking the rest of {path}: {done:.0%}", renew=True)
+        if compressed:
+            say(f"reading {path} to its end, where its checksum is")
+            while file.read(2 ** 24):
+                say(f"{raw.tell() / os.path.getsize(path):.0%}", renew=True)
 
 
 def decode_scene(record, name):
@@ -525,7 +538,9 @@ def cached(name, root, sources, scenes, total):
     come from: when one of them changes, there is another cache. It lies in root/cache, or, if
     nothing can be written there, in data/cache. Of several processes one builds it.
     """
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    sources = sorted(sources)
+    files = [(os.path.relpath(path, sources[0]), path.stat().st_size, path.stat().st_mtime_ns)
+             for path in sources]
     key = hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()[:8]
     paths = [folder / f"{name}-{key}.zip" for folder in (root / "cache", Path("data/cache"))]
     for path in paths:
@@ -548,6 +563,7 @@ def cached(name, root, sources, scenes, total):
 
 def write_cache(path, scenes, total):
     """Writes blocks of scenes as they come: the member "records" of a zip file, not compressed."""
+    say(f"building {path}, once, of about {total:,} scenes")
     objects = []
     begin = time.monotonic()
     with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
@@ -561,8 +577,8 @@ def write_cache(path, scenes, total):
                     records[key] = array
                 stream.write(records.tobytes())
                 rate = len(objects) / (time.monotonic() - begin)
-                say(f"building {path}: {len(objects):,} scenes, {rate:,.0f} a second, "
-                    f"{duration((total - len(objects)) / rate)} left", renew=True)
+                left = duration(max(0, total - len(objects)) / rate)
+                say(f"{len(objects):,} scenes, {rate:,.0f} a second, {left} left", renew=True)
         if not objects:
             raise InputError(f"there is no scene to build {path} from")
         about = {"start": start, "fields": fields, "objects": objects}
@@ -579,7 +595,7 @@ def read_cache(path):
         about = json.loads(archive.read("about.json"))
         fields = [(key, kind, tuple(shape)) for key, kind, shape in about["fields"]]
         objects = np.array(about["objects"])
-        records = np.memmap(path, fields, "c", about["start"], len(objects))
+        records = np.memmap(path, fields, "r", about["start"], len(objects))
     return {"objects": objects, **{key: np.asarray(records[key]) for key in records.dtype.names}}
 
 
@@ -656,7 +672,7 @@ def whole_file(path):
 
     A kill, a full disk or an error leaves what was there before.
     """
-    part = path.with_name(f"part-{path.name}")
+    part = path.with_name(f"part-{RANK}-{path.name}")
     try:
         with open(part, "wb") as file:
             yield file

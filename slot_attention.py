@@ -534,10 +534,11 @@ def load_model(checkpoint):
 
 def load_weights(model, weights):
     """Loads {name: tensor} into a model. Raises WeightsError, and loads nothing, if they differ."""
-    theirs = {(name, value.shape) for name, value in weights.items()}
+    theirs = {(name, getattr(value, "shape", None)) for name, value in weights.items()}
     ours = {(name, value.shape) for name, value in model.state_dict().items()}
     if theirs != ours:
-        raise WeightsError(f"the weights are of another model: {min(theirs ^ ours)} differs")
+        differing = min(theirs ^ ours, key=str)
+        raise WeightsError(f"the weights are of another model: {differing} differs")
     model.load_state_dict(weights)
 
 

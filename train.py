@@ -30,15 +30,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # beside busy processes, spinning threads stall
-
+import data  # before torch, see there
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
-import data
 import visualize
 from slot_attention import (MODELS, WeightsError, adjusted_rand_index, average_precision_clevr,
                             hungarian_huber_loss, load_weights)
@@ -142,14 +140,18 @@ RECIPES = {  # what differs from Config, by the name of the run's folder; "demo"
 
 
 def train(config, out, checkpoint=None):
-    """Trains by a Config into the folder `out`; from a checkpoint, if given."""
-    train_set = load_scenes(config, "train")
-    eval_set = load_scenes(config, "eval")
+    """Trains by a Config into the folder `out`; from a checkpoint, if given.
+
+    Returns the exit code: 0, or 128 + the number of the signal that stopped it.
+    """
     device, dtype = set_up(config)
     torch.manual_seed(config.seed)  # the same weights in every process
     model = build_model(config, device, checkpoint)
     compiled = torch.compile(model, dynamic=False) if config.compile else model
     optimizers = build_optimizers(config, model, checkpoint)
+    train_set = load_scenes(config, "train")
+    eval_set = load_scenes(config, "eval")
+    keep_freed_memory()
     start = checkpoint["step"] if checkpoint else 0
     seconds = checkpoint["seconds"] if checkpoint else 0.0
     log = open_log(out, start)
@@ -216,7 +218,8 @@ def train(config, out, checkpoint=None):
             clock = time.perf_counter()
         if stopping:
             data.say(f"stopped and saved; to continue: python train.py --resume {out}")
-            sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
+            return 128 + (stop[0] if stop else signal.SIGTERM)
+    return 0
 
 
 def micro_batches(step, config, scenes, device):
@@ -340,7 +343,6 @@ def set_up(config):
         fast = torch.cuda.get_device_capability()[0] >= 8
     else:
         device = torch.device("cpu")
-        keep_freed_memory()
         cpuinfo = Path("/proc/cpuinfo")  # other CPUs emulate bfloat16, 50 times slower than float32
         fast = cpuinfo.exists() and re.search("avx512_bf16|amx_bf16", cpuinfo.read_text())
     if WORLD_SIZE > 1:
@@ -583,6 +585,11 @@ def parse(argv=None):
         recipe = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
         if recipe.get("device") not in DEVICES:  # a run of another machine
             recipe["device"] = DEVICES[0]
+        unknown = recipe.keys() - Config.__annotations__.keys()
+        if unknown:
+            parser.error(f"{run} is of another version of this code: it has {unknown}")
+        if "steps" not in recipe and typed.get("data", recipe["data"]) not in data.FILES:
+            parser.error(f"{run} comes without its dataset: give one with --data")
     else:
         name, recipe = find_recipe(typed, "small" in args)
         args.out = getattr(args, "out", Path("runs", name))
@@ -628,15 +635,14 @@ def check(config, parser):
 def main(argv=None):
     with data.one_line_errors(WeightsError):
         args, config, checkpoint = parse(argv)
-        try:
-            if "eval" in args:
-                print_evaluation(config, checkpoint)
-            else:
-                train(config, args.out, checkpoint)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        if RANK == 0 and "eval" not in args:
+        if "eval" in args:
+            return print_evaluation(config, checkpoint)
+        code = train(config, args.out, checkpoint)
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
+        if code:
+            sys.exit(code)
+        if RANK == 0:
             visualize.main([str(args.out)])
 
 

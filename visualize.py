@@ -16,12 +16,12 @@ import json
 import os
 from pathlib import Path
 
+import data  # before torch, see there
 import numpy as np
 import torch
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 
-import data
 from data import InputError
 from slot_attention import WeightsError, load_model
 
@@ -43,14 +43,13 @@ def read_run(path):
     is_run = os.path.isdir(path)
     file = f"{path}/checkpoint.pt" if is_run or not path else path
     checkpoint = data.read_file(file)
-    if not (isinstance(checkpoint, dict)
-            and checkpoint.keys() >= {"task", "arguments", "config", "model"}):
-        raise InputError(f"{file} is no checkpoint and no weights of this project")
-    config = checkpoint["config"]
-    if not is_run:
-        keys = "data", "crop", "min_objects", "max_objects"
-        config = {key: config[key] for key in keys if key in config}
-    return {**checkpoint, "config": config}
+    with data.reading(file):
+        config = checkpoint["config"]
+        if not is_run:
+            keys = "data", "crop", "min_objects", "max_objects"
+            config = {key: config[key] for key in keys}
+        return {"task": checkpoint["task"], "arguments": dict(checkpoint["arguments"]),
+                **checkpoint, "config": config}
 
 
 def load_run(path):
@@ -223,6 +222,8 @@ def draw_runs(runs, args):
         noise = torch.randn(len(images), K, model.slot_attention.dim, generator=generator)
         slots = model.slot_attention.init_slots(noise)                  # [B, K, D]
         if checkpoint["task"] == "set_prediction":
+            if len(runs) > 1:
+                raise InputError("runs of set prediction are drawn one at a time")
             return draw_objects(batch, model(images, slots, num_iterations=T))
         if args.figure == "clip":
             rows += clip_rows(model, images, slots[:1], T)
@@ -284,7 +285,7 @@ def save(figure, path):
     """Writes a Figure, whole or not at all. Raises InputError if its suffix is unknown."""
     if not path.suffix:
         path = Path(f"{path}.png")
-    kind = path.suffix[1:]
+    kind = path.suffix[1:].lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"--out {path}: {path.suffix} is no kind of picture known here")
     buffer = io.BytesIO()  # only what fails in writing is the user's to mend, not in drawing
