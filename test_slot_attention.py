@@ -1122,9 +1122,9 @@ def test_a_misspelt_argument_is_an_error():
     (visualize.main, "theirs.pt --count 1 --figure a"),
     (train.main, "--eval theirs.pt --eval-count 8")])
 def test_weights_from_anybody_choose_no_folder(main, flags):
-    weights_from_anybody("config", data_root="theirs", eval_count=10 ** 9)
+    weights_from_anybody("config", data_root="20000", eval_count=20_000)
     main(flags.split())
-    assert not Path("theirs").exists()
+    assert not list(Path().rglob("*20000*"))  # neither folder nor cache
 
 
 def test_weights_from_anybody_choose_no_pictures(refused):
@@ -1242,7 +1242,6 @@ def kill_anywhere(count):
         if code == 0:
             assert same(str(whole), "whole")
             Image.open(f"{whole}/figure.png").load()
-            assert not list(Path().rglob("part-*"))
             whole += 1
 
 
@@ -1265,7 +1264,7 @@ def damaged(content, rng):
 
 @parametrize("file, read", [
     ("run/checkpoint.pt", data.read_file),
-    ("cache/*eval*.zip", data.read_cache.__wrapped__),
+    ("cache/*eval*.zip", inspect.unwrap(data.read_cache)),
     ("tetrominoes_sample.tfrecords", lambda path: list(data.read_tfrecords(path, "tetrominoes"))),
     ("CLEVR_v1.0/*/*/*0.png", data.read_picture),
     ("CLEVR_v1.0/*/*.json", lambda path: list(data.clevr_v1_scenes(path.parents[1], 8, "none"))),
@@ -1280,7 +1279,7 @@ def test_damaged_files_are_refused(file, read):
     path, = Path().glob(file)
     rng = random.Random(0)
     good = path.read_bytes()
-    whole = read(path)
+    whole = pickle.loads(pickle.dumps(read(path)))  # not mapped from the file
     refusals = 0
     for _ in range(25 * MANY):
         path.write_bytes(damaged(good, rng))
