@@ -726,7 +726,7 @@ def test_checksums_are_verified_once_in_a_process(monkeypatch):
 
 TINY = ("--data tetrominoes --small --train-count 16 --eval-count 8 --batch-size 8 --steps 6 "
         "--eval-every 3 --log-every 1 --dtype float32 --device cpu --encoder-channels 8 "
-        "--decoder-channels 8 --slot-dim 8")
+        "--decoder-channels 8 --slot-dim 8 --threads 1")
 
 
 def run(flags):

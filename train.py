@@ -82,6 +82,7 @@ class Config:
     accumulate: int = 1  # micro-batches a step: less memory, the same gradient
     compile: bool = False  # torch.compile; not yet measured on a GPU
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
+    threads: int = 0  # CPU threads; 0: one for each core that is idle when the run begins
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the hardware has it
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
@@ -158,7 +159,7 @@ def train(config, out, checkpoint=None):
     if not checkpoint:
         save(out, config, model, optimizers, start, seconds)
     data.say(f"{len(train_set):,} scenes of {train_set.source}, {len(eval_set):,} held out; "
-             f"{WORLD_SIZE} x {device}, {dtype}; {out}")
+             f"{WORLD_SIZE} x {device}, {config.threads} CPU threads, {dtype}; {out}")
     if start >= config.steps:
         data.say(f"this run has its {config.steps:,} steps: give more --steps to continue it")
 
@@ -343,6 +344,8 @@ def set_up(config):
         fast = torch.cuda.get_device_capability()[0] >= 8
     else:
         device = torch.device("cpu")
+        config.threads = config.threads or idle_cores()  # saved: a resumed run takes as many
+        torch.set_num_threads(config.threads)
         cpuinfo = Path("/proc/cpuinfo")  # other CPUs emulate bfloat16, 50 times slower than float32
         fast = cpuinfo.exists() and re.search("avx512_bf16|amx_bf16", cpuinfo.read_text())
     if WORLD_SIZE > 1:
@@ -350,6 +353,20 @@ def set_up(config):
         dist.init_process_group(backend, timeout=timedelta(days=1))  # the first one evaluates alone
     dtype = torch.bfloat16 if fast else torch.float32
     return device, dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def idle_cores():
+    """Returns how many threads to use: torch's, but at most one for each core that is idle now.
+
+    Where a core is busy with other work, the thread that waits for it would stop all others.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():  # not Linux
+        return torch.get_num_threads()
+    before = float(stat.read_text().split()[4])  # of all cores, in 1/100 s
+    time.sleep(0.5)
+    idle = (float(stat.read_text().split()[4]) - before) / 50
+    return min(max(round(idle), 1), torch.get_num_threads())
 
 
 def keep_freed_memory():
@@ -411,7 +428,7 @@ def open_log(out, step):
     path = out / "log.jsonl"
     with data.reading(path):
         out.mkdir(parents=True, exist_ok=True)
-        log = open(path, "ab+", buffering=0)
+        log = open(path, "ab+")
         if not data.lock(log):
             raise data.InputError(f"another process is training into {out}/: wait for it, or "
                                   "choose another --out")
@@ -436,6 +453,7 @@ def write_row(log, row, config, renew):
                                   "try a smaller --lr, or --clip 1")
     try:
         log.write(json.dumps(row).encode() + b"\n")
+        log.flush()
     except OSError as error:
         raise data.InputError(f"cannot write {log.name}: {error.strerror}") from error
     left = data.duration(row["seconds"] / row["step"] * (config.steps - row["step"]))
@@ -552,7 +570,7 @@ def muon_and_adam(model, layers):
 # --- The command line ---------------------------------------------------------------------------
 
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-MAY_BE_0 = "seed min_objects warmup train_iterations lr query_scale clip slot_loss".split()
+MAY_BE_0 = "seed threads min_objects warmup train_iterations lr query_scale clip slot_loss".split()
 
 
 def parse(argv=None):
