@@ -381,8 +381,8 @@ def read_tfrecords(path, name, limit=None):
 def read_records(path, limit=None):
     """Yields the records of a TFRecord file as bytes, the first `limit` of them.
 
-    It reads on to the end of the file, where GZIP's checksum is. (A file that was inflated on its
-    way here has no checksum that is quick to check, but those of its records' lengths.)
+    A gzip file is read to its end, where its checksum is. Of a file that was decompressed on its
+    way here only the checksums of the records' lengths are verified: the others would take hours.
     """
     with reading(path), open(path, "rb") as raw:
         compressed = raw.read(2) == b"\x1f\x8b"

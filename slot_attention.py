@@ -26,8 +26,10 @@ class SlotAttention(nn.Module):
     """Slot Attention (Algorithm 1): K slots compete for N inputs, over T iterations.
 
     num_slots: K. dim: D. num_iterations: T. inputs_dim: D_in, D if not given.
-    implicit: only the last iteration has a gradient (one-step gradient, Chang et al., 2022).
+    implicit: the gradient of the slots flows through the last iteration only (Chang et al., 2022),
+        and unchanged to the initial slots (Jia et al., 2023).
     learned_queries: each slot has a learned mean of its own (BO-QSA, Jia et al., 2023).
+    Call it outside of autocast, as the models below do: bfloat16 would lose eps.
     """
 
     def __init__(
@@ -88,9 +90,9 @@ class SlotAttention(nn.Module):
     def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):
         """Returns slots [B, K, D] and attn [B, T, K, N], the attention of each iteration.
 
-        inputs [B, N, D_in]; slots [B, K, D]: initial slots, sampled if not given; num_slots and
-        num_iterations: K and T, if other than in the constructor. attn sums to 1 over the slots:
-        it is the softmax, before it is normalised over the inputs.
+        inputs [B, N, D_in]; slots [B, K, D]: initial slots; if not given, num_slots are sampled.
+        num_slots and num_iterations: K and T, if other than in the constructor. attn sums to 1 over
+        the slots: it is the softmax, before it is normalised over the inputs.
         """
         inputs = self.norm_inputs(inputs)                               # [B, N, D_in]
         k = self.project_k(inputs)                                      # [B, N, D]
@@ -103,8 +105,7 @@ class SlotAttention(nn.Module):
         attns = []
         for _ in range(num_iterations or self.num_iterations):
             if self.implicit:
-                # The value is that of slots. The gradient stops here, but for the initial slots,
-                # to which it is passed on unchanged (straight-through, Jia et al., 2023).
+                # The same value. The gradient skips the iterations before, straight to init.
                 slots = slots.detach() + (init - init.detach())
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5   # [B, K, D]
@@ -230,7 +231,7 @@ class SlotAttentionClassifier(nn.Module):
 
 
 def no_autocast(x):
-    """Returns a context in which autocast is off (on meta, and elsewhere, there is none)."""
+    """Returns a context without autocast. Some devices, such as meta, have no autocast anyway."""
     if not torch.amp.is_autocast_available(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
@@ -263,7 +264,7 @@ class Encoder(nn.Module):
         x = self.cnn(image)                                             # [B, C, h, w]
         x = self.pos(x).flatten(2).transpose(1, 2)                      # [B, N, C]
         x = self.mlp(self.layer_norm(x))                                # [B, N, D]
-        return x.to(self.pos.grid.dtype)  # the iterations that follow are not for bfloat16
+        return x.to(self.pos.grid.dtype)  # float32 again, if autocast made it bfloat16
 
 
 class Decoder(nn.Module):
@@ -306,7 +307,8 @@ class Decoder(nn.Module):
         """Returns conv(pos(broadcast(slots))) [M, C, h, w], without convolving each slot's grid.
 
         A slot is the same in every cell of the grid. So each of the kernel's k * k taps adds the
-        same to every cell, but to those near a border whose tap would lie outside the grid.
+        same to every cell, but to those near a border whose tap would lie outside the grid. This
+        holds because pos adds the same map to every slot: if you change pos, delete this method.
         """
         k = conv.kernel_size[0]
         taps = torch.einsum("md,cdt->mtc", slots, conv.weight.flatten(2))   # [M, k * k, C]
@@ -360,8 +362,9 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
     def forward(self, x):
         k = self.kernel_size[0]
         stride = self.stride[0]
-        y = F.conv_transpose2d(x, self.weight, self.bias, stride, padding=(k - stride) // 2)
-        return y[:, :, :stride * x.shape[2], :stride * x.shape[3]]
+        y = F.conv_transpose2d(x, self.weight, None, stride, padding=(k - stride) // 2)
+        y = y[:, :, :stride * x.shape[2], :stride * x.shape[3]]
+        return y + self.bias.to(y.dtype).view(-1, 1, 1)  # apart: faster on CPUs
 
 
 class SoftPositionEmbed(nn.Module):
@@ -413,10 +416,10 @@ def adjusted_rand_index(true_mask, pred_mask):
     def pairs(count):
         return (count * (count - 1)).flatten(1).sum(dim=1).float()      # [B], ordered pairs
 
-    true = pairs(n_i)
-    pred = pairs(n_j)
-    expected = true * (pred / pairs(n).clamp(min=1))
-    maximum = (true + pred) / 2
+    true_pairs = pairs(n_i)
+    pred_pairs = pairs(n_j)
+    expected = true_pairs * (pred_pairs / pairs(n).clamp(min=1))
+    maximum = (true_pairs + pred_pairs) / 2
     index = (pairs(n_ij) - expected) / (maximum - expected)
     return torch.where(maximum == expected, 1.0, index)
 

@@ -779,7 +779,7 @@ def test_training_repeats_resumes_and_evaluates(capsys):
     assert [row["step"] for row in rows] == list(range(1, 7))
     assert "ari" in rows[2] and "ari" in rows[5]
     run("--resume whole")
-    assert "give more --steps" in capsys.readouterr().err
+    assert "more --steps" in capsys.readouterr().err
     run("--eval whole --num-slots 5")
     first, *lines = capsys.readouterr().out.splitlines()
     assert "5 slots" in first

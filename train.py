@@ -49,7 +49,11 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 @dataclass
 class Config:
-    """The paper's recipe for CLEVR6 (appendix E). Each field is a flag: --batch-size."""
+    """The paper's recipe for CLEVR6 (appendix E).
+
+    Each field is a flag (--batch-size), and its comment the help text. The fields that are named
+    like arguments of the model's constructor are passed to it.
+    """
     task: Literal["object_discovery", "set_prediction"] = "object_discovery"  # what to learn
     data: str = "clevr"  # a dataset, or a folder of pictures
     masks: str = ""  # a folder with the masks of a folder of pictures, for FG-ARI
@@ -74,9 +78,9 @@ class Config:
     # The training
     batch_size: int = 64  # images in a step, of all processes together
     steps: int = 500_000  # steps
-    lr: float = 4e-4  # learning rate of Adam
+    lr: float = 4e-4  # learning rate of Adam; Muon's is ten times this
     warmup: int = 10_000  # steps of linear warm-up
-    decay_steps: int = 100_000  # the learning rate halves over this many steps, smoothly
+    decay_steps: int = 100_000  # the learning rate halves in so many steps; with Muon it falls to 0
     eval_every: int = 5_000  # steps between evaluations
     log_every: int = 10  # steps between lines of log.jsonl
     accumulate: int = 1  # micro-batches a step: less memory, the same gradient
@@ -87,12 +91,12 @@ class Config:
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
     learned_queries: bool = False  # a learned mean for each slot's initial state
-    train_iterations: int = 0  # iterations in training, if fewer are enough; 0: num_iterations
+    train_iterations: int = 0  # iterations in training; 0: num_iterations, else these are for later
     query_scale: float = 1.0  # factor of the queries' initial weights: 3 helps against stripes
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # the decoder's last layer makes blocks of this many pixels a side
     clip: float = 0.0  # largest norm of the gradient; 0: any
-    muon: Literal["none", "encoder", "all"] = "none"  # Muon for hidden matrices, not the decoder's
+    muon: Literal["none", "encoder", "all"] = "none"  # Muon; encoder: not in the decoder
     slot_loss: float = 0.0  # weight of the slots' own errors at the last step
 
 
@@ -113,8 +117,7 @@ SMALL_DSPRITES = dict(
     SMALL_64, num_slots=6, muon="all", decoder_channels=64, decoder_kernel=3, train_count=40_000)
 SMALL_SETS = dict(
     SMALL, num_slots=10, crop="none", max_objects=10, learned_queries=True, num_iterations=4,
-    train_iterations=4, encoder_strides=(2, 2, 2, 1), slot_loss=0.0, eval_count=1_000,
-    decay_steps=50_000, steps=8_000)
+    train_iterations=4, encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
 RECIPES = {  # what differs from Config, by the name of the run's folder; "demo" without any flag
     "clevr": {},
     "clevr-small": SMALL_64,
@@ -159,9 +162,10 @@ def train(config, out, checkpoint=None):
     if not checkpoint:
         save(out, config, model, optimizers, start, seconds)
     data.say(f"{len(train_set):,} scenes of {train_set.source}, {len(eval_set):,} held out; "
-             f"{WORLD_SIZE} x {device}, {config.threads} CPU threads, {dtype}; {out}")
+             f"{WORLD_SIZE} x {device}, {torch.get_num_threads()} threads, {dtype}; {out}")
     if start >= config.steps:
-        data.say(f"this run has its {config.steps:,} steps: give more --steps to continue it")
+        data.say(f"this run has had its {config.steps:,} steps, by which its learning rate fell: "
+                 "more --steps are better begun anew")
 
     stop = catch_signals()
     logged = start
@@ -181,9 +185,9 @@ def train(config, out, checkpoint=None):
                 loss = hungarian_huber_loss(output.predictions, batch["target"])   # section 2.3
             else:
                 loss = F.mse_loss(output.recon_combined, batch["image"])           # section 2.2
-            if config.slot_loss:  # not in the paper
-                progress = (step - 1) / config.steps
-                loss = add_slot_loss(loss, output, batch["image"], config.slot_loss, progress)
+                if config.slot_loss:  # not in the paper
+                    progress = (step - 1) / config.steps
+                    loss = add_slot_loss(loss, output, batch["image"], config.slot_loss, progress)
             loss = loss / (config.accumulate * WORLD_SIZE)
             loss.backward()
             total += loss.detach()  # read only when it is logged: reading waits for the GPU
@@ -331,6 +335,10 @@ def load_scenes(config, split):
     if split == "train" and len(scenes) < config.batch_size:
         raise data.InputError(f"{len(scenes)} scenes for training are fewer than --batch-size "
                               f"{config.batch_size}: so many are needed, or a smaller batch")
+    height, width = scenes.arrays["image"].shape[1:3]
+    if not height == width == config.resolution:
+        raise data.InputError(f"{config.data} has images of {height} x {width} pixels, not of "
+                              f"--resolution {config.resolution}")
     return scenes
 
 
@@ -339,7 +347,9 @@ def set_up(config):
     if config.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
+        if config.dtype != "float32":
+            torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = config.dtype != "float32"
         torch.backends.cudnn.benchmark = True
         fast = torch.cuda.get_device_capability()[0] >= 8
     else:
@@ -384,7 +394,7 @@ def build_model(config, device, checkpoint=None):
     model.slot_attention.project_q.weight.data *= config.query_scale
     if checkpoint:
         load_weights(model, checkpoint["model"])
-    return model.to(device)
+    return model.to(device, memory_format=torch.channels_last)  # the faster layout
 
 
 def model_arguments(config):
@@ -556,8 +566,8 @@ def orthogonalize(matrix):
 def muon_and_adam(model, layers):
     """Returns Muon for the hidden layers' matrices, and Adam for all else.
 
-    Not for the first and the last layer, nor for initial slots and positions. layers="encoder": nor
-    for the decoder, with which slots may end in stripes.
+    Not for the model's first and last matrix, nor for initial slots and positions. With
+    layers="encoder" not for the decoder's either: with them slots may end in stripes.
     """
     matrices = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
     others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
@@ -584,7 +594,7 @@ def parse(argv=None):
     mode.add_argument("--eval", metavar="RUN", help="evaluate this run, or this file of weights")
     mode.add_argument("--out", type=Path, help="the run's folder [runs/ and the recipe's name]")
     parser.add_argument("--small", action="store_true", help="a small model, for a CPU")
-    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
+    comments = dict(re.findall(r"(\w+): .* = .*  # (.*)", inspect.getsource(Config)))
     for field in fields(Config):
         how = {"type": type(field.default), "choices": get_args(field.type) or None}
         if field.type is bool:

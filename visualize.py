@@ -43,13 +43,11 @@ def read_run(path):
     is_run = os.path.isdir(path)
     file = f"{path}/checkpoint.pt" if is_run or not path else path
     checkpoint = data.read_file(file)
-    with data.reading(file):
-        config = checkpoint["config"]
+    with data.reading(file):  # whatever is missing
+        config = dict(checkpoint["config"])
         if not is_run:
-            keys = "data", "crop", "min_objects", "max_objects"
-            config = {key: config[key] for key in keys}
-        return {"task": checkpoint["task"], "arguments": dict(checkpoint["arguments"]),
-                **checkpoint, "config": config}
+            config = {key: config[key] for key in ("data", "crop", "min_objects", "max_objects")}
+    return {**checkpoint, "config": config}
 
 
 def load_run(path):
@@ -75,7 +73,7 @@ def load_batch(run, checkpoint, args):
         for path in args.images:
             picture = data.read_picture(path)
             array = np.array(picture)
-            if config["data"].startswith("clevr") and array.shape[:2] in data.CLEVR_CROP:
+            if config["data"] in ("clevr", "clevr_like") and array.shape[:2] in data.CLEVR_CROP:
                 array = data.resize(data.cropped(array, config["crop"]), resolution)
             else:
                 array = data.square(picture, resolution)
