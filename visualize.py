@@ -192,7 +192,7 @@ def place(objects):
 def draw_curves(runs):
     """Returns a Figure of each run's losses, and FG-ARI or AP, against steps."""
     figure = Figure((9, 6), layout="constrained")
-    losses, scores = figure.subplots(2)
+    losses, scores = figure.subplots(2, sharex=True)
     losses.set(ylabel="loss", yscale="log")
     scores.set(ylabel="FG-ARI or AP", xlabel="steps")
     for run in runs:
