@@ -529,7 +529,7 @@ for _ in range(8):
 
 # --- The cache: scenes decoded or generated once, mapped from a file ----------------------------
 
-CACHE_VERSION = 3  # change it whenever any dataset is decoded or generated in another way
+CACHE_VERSION = 4  # change it whenever any dataset is decoded or generated in another way
 
 
 def cached(name, root, sources, scenes, total):
@@ -1147,7 +1147,8 @@ class ClevrScene:
         if mirrors:
             metal = self.metal[entity]
             seen, _ = self.shade(position[metal], mirrored[metal], False)
-            light[metal] = seen + gloss[metal] + 0.2 * light[metal]
+            brushed = 0.2 + 0.35 * normal[metal, 2:] ** 8  # brushed tops gather light from around
+            light[metal] = seen + gloss[metal] + brushed * light[metal]
         return self.albedo[entity] * light, entity
 
     def render(self, window, resolution):
