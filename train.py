@@ -24,9 +24,7 @@ import re
 import signal
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -43,6 +41,7 @@ from slot_attention import (MODELS, WeightsError, adjusted_rand_index, average_p
 
 RANK = data.RANK
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 # --- The recipes --------------------------------------------------------------------------------
 
@@ -85,7 +84,7 @@ class Config:
     log_every: int = 10  # steps between lines of log.jsonl
     accumulate: int = 1  # micro-batches a step: less memory, the same gradient
     compile: bool = False  # torch.compile; not yet measured on a GPU
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cuda or cpu
+    device: str = DEVICES[0]  # cuda or cpu
     threads: int = 0  # CPU threads; 0: one for each core that is idle when the run begins
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the hardware has it
     # Not in the paper, and off in its recipes
@@ -146,9 +145,9 @@ RECIPES = {  # what differs from Config, by the name of the run's folder; "demo"
 def train(config, out, checkpoint=None):
     """Trains by a Config into the folder `out`; from a checkpoint, if given.
 
-    Returns the exit code: 0, or 128 + the number of the signal that stopped it.
+    A signal ends the program after saving, with exit code 128 + the signal's number.
     """
-    device, dtype = set_up(config)
+    device, autocast = set_up(config)
     torch.manual_seed(config.seed)  # the same weights in every process
     model = build_model(config, device, checkpoint)
     compiled = torch.compile(model, dynamic=False) if config.compile else model
@@ -161,23 +160,18 @@ def train(config, out, checkpoint=None):
     log = open_log(out, start)
     if not checkpoint:
         save(out, config, model, optimizers, start, seconds)
-    data.say(f"{len(train_set):,} scenes of {train_set.source}, {len(eval_set):,} held out; "
-             f"{WORLD_SIZE} x {device}, {torch.get_num_threads()} threads, {dtype}; {out}")
-    if start >= config.steps:
-        data.say(f"this run has had its {config.steps:,} steps, by which its learning rate fell: "
-                 "more --steps are better begun anew")
+    data.say(f"{len(train_set):,} scenes of {train_set.source}, {len(eval_set):,} held out; {out}")
 
     stop = catch_signals()
     logged = start
     total = torch.zeros((), device=device)  # of the losses since the last line of the log
     clock = time.perf_counter()
     for step in range(start + 1, config.steps + 1):
+        model.zero_grad()
         for optimizer in optimizers:
-            optimizer.zero_grad()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, config)
+            optimizer.param_groups[0]["lr"] = learning_rate(step - 1, config)
         for batch in micro_batches(step - 1, config, train_set, device):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast:
                 slots = model.slot_attention.init_slots(batch["noise"])
                 output = compiled(batch["image"], slots,
                                   num_iterations=config.train_iterations or None)
@@ -191,10 +185,9 @@ def train(config, out, checkpoint=None):
             loss = loss / (config.accumulate * WORLD_SIZE)
             loss.backward()
             total += loss.detach()  # read only when it is logged: reading waits for the GPU
-        if WORLD_SIZE > 1:
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    dist.all_reduce(parameter.grad)
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                sum_over_processes(parameter.grad)
         if config.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in optimizers:
@@ -202,9 +195,9 @@ def train(config, out, checkpoint=None):
 
         stopping = in_any_process(stop)
         at_eval = step % config.eval_every == 0 or step == config.steps
-        if at_eval or stopping or step % config.log_every == 0:
-            if WORLD_SIZE > 1:
-                dist.all_reduce(total)
+        saving = at_eval or stopping
+        if saving or step % config.log_every == 0:
+            sum_over_processes(total)
             loss = total.item() / (step - logged)
             duration = time.perf_counter() - clock
             seconds += duration
@@ -214,17 +207,16 @@ def train(config, out, checkpoint=None):
             if config.device == "cuda":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 1)
             if at_eval and RANK == 0:
-                row.update(evaluate(model, config, eval_set, device, dtype))
-            write_row(log, row, config, renew=not (at_eval or stopping or logged == start))
-            if at_eval or stopping:
+                row.update(evaluate(model, config, eval_set, device, autocast))
+            write_row(log, row, config, renew=not saving)
+            if saving:
                 save(out, config, model, optimizers, step, seconds)
             total.zero_()
             logged = step
             clock = time.perf_counter()
         if stopping:
             data.say(f"stopped and saved; to continue: python train.py --resume {out}")
-            return 128 + (stop[0] if stop else signal.SIGTERM)
-    return 0
+            sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
 
 def micro_batches(step, config, scenes, device):
@@ -234,27 +226,32 @@ def micro_batches(step, config, scenes, device):
     been, and any number of processes and micro-batches trains as one does.
     """
     epoch, position = divmod(step, len(scenes) // config.batch_size)
-    order = order_of(config.seed, epoch, len(scenes))
-    index = order[position * config.batch_size:(position + 1) * config.batch_size]
+    indices = epoch_batches(config.seed, epoch, len(scenes), config.batch_size)[position]
     generator = torch.Generator().manual_seed(SEEDS_APART * config.seed + step)
     shape = config.batch_size, config.num_slots, config.slot_dim
-    noise = torch.randn(shape, generator=generator)
+    noises = torch.randn(shape, generator=generator)
     size = config.batch_size // (WORLD_SIZE * config.accumulate)
-    first = RANK * config.accumulate
-    for i in range(first, first + config.accumulate):
-        part = slice(i * size, (i + 1) * size)
-        batch = scenes.batch(index[part], device, ("image", "target"))
-        yield {**batch, "noise": data.to_device(noise[part], device)}
+    mine = slice(RANK * config.accumulate, (RANK + 1) * config.accumulate)
+    for index, noise in zip(indices.split(size)[mine], noises.split(size)[mine]):
+        batch = scenes.batch(index, device, ("image", "target"))
+        batch["noise"] = data.to_device(noise, device)
+        yield batch
 
 
 SEEDS_APART = 1_000_003  # more than the usual numbers of steps: no two seeds share their noise
 
 
 @functools.lru_cache(maxsize=1)
-def order_of(seed, epoch, count):
-    """Returns the order of the training scenes in an epoch."""
+def epoch_batches(seed, epoch, count, batch_size):
+    """Returns the batches of an epoch: indices of the training scenes, in a random order."""
     generator = torch.Generator().manual_seed(SEEDS_APART * seed + epoch)
-    return torch.randperm(count, generator=generator)
+    return torch.randperm(count, generator=generator).split(batch_size)
+
+
+def sum_over_processes(tensor):
+    """Sums a tensor over all processes, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
 
 
 def learning_rate(step, config):
@@ -269,45 +266,46 @@ def learning_rate(step, config):
 
 
 @torch.no_grad()
-def evaluate(model, config, scenes, device, dtype, num_iterations=None):
+def evaluate(model, config, scenes, device, autocast, num_iterations=None):
     """Returns a split's mean loss, "eval_loss", and its mean FG-ARI, "ari", if it has masks.
 
     Of set prediction, the average precision at each distance: "ap_inf", "ap_1" ...
     """
     shape = len(scenes), config.num_slots, config.slot_dim
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    results = defaultdict(list)  # of each batch
+    eval_loss = 0.0
+    ari = 0.0
+    predictions = []
+    targets = []
     size = config.batch_size // (WORLD_SIZE * config.accumulate)  # it fits in memory in training
     for index in torch.arange(len(scenes)).split(size):
         batch = scenes.batch(index, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast:
             slots = model.slot_attention.init_slots(noise[index].to(device))
             output = model(batch["image"], slots, num_iterations=num_iterations)
         if config.task == "set_prediction":
             loss = hungarian_huber_loss(output.predictions, batch["target"])
-            results["predictions"].append(output.predictions)
-            results["targets"].append(batch["target"])
+            predictions.append(output.predictions)
+            targets.append(batch["target"])
         else:
             loss = F.mse_loss(output.recon_combined, batch["image"])
             if "label" in batch:
-                results["ari"].append(foreground_ari(batch["label"], output.masks))
-        results["eval_loss"].append(loss.expand(len(index)))
-    results = {key: torch.cat(values) for key, values in results.items()}
-    means = {"eval_loss": round(results["eval_loss"].double().mean().item(), 6)}
-    if "ari" in results:
-        means["ari"] = round(results["ari"].double().mean().item(), 4)
-    if "targets" in results:
+                ari += foreground_ari(batch["label"], output.masks).double().sum().item()
+        eval_loss += loss.item() * len(index)
+    metrics = {"eval_loss": round(eval_loss / len(scenes), 6)}
+    if config.task == "set_prediction":
         for distance in (math.inf, 1, 0.5, 0.25, 0.125):
-            ap = average_precision_clevr(results["predictions"], results["targets"], distance)
-            means[f"ap_{distance}"] = round(ap, 4)
-    return means
+            ap = average_precision_clevr(torch.cat(predictions), torch.cat(targets), distance)
+            metrics[f"ap_{distance}"] = round(ap, 4)
+    elif "label" in batch:
+        metrics["ari"] = round(ari / len(scenes), 4)
+    return metrics
 
 
 def foreground_ari(label, masks):
     """Returns FG-ARI [B] of masks [B, K, 1, H, W]; label [B, H, W]: 0 background, 255 left out."""
     label = label.flatten(1)[..., None]                                 # [B, P, 1]
-    entities = int(label.where(label < 255, 0).max())
-    foreground = torch.arange(1, max(entities, 1) + 1, device=label.device)
+    foreground = label[(label > 0) & (label < 255)].unique()            # entities
     true_mask = (label == foreground).byte()                            # [B, P, entities]
     return adjusted_rand_index(true_mask, masks.flatten(2).transpose(1, 2))
 
@@ -315,12 +313,12 @@ def foreground_ari(label, masks):
 def print_evaluation(config, checkpoint):
     """Prints the metrics after each number of iterations (section 4.1's generalisation)."""
     scenes = load_scenes(config, "eval")
-    device, dtype = set_up(config)
+    device, autocast = set_up(config)
     trained = replace(config, num_slots=checkpoint["arguments"]["num_slots"])
     model = build_model(trained, device, checkpoint)
     print(f"{len(scenes):,} held-out scenes of {scenes.source}, {config.num_slots} slots")
     for iterations in range(1, max(8, config.num_iterations) + 1):
-        result = evaluate(model, config, scenes, device, dtype, iterations)
+        result = evaluate(model, config, scenes, device, autocast, iterations)
         print(json.dumps({"num_iterations": iterations, **result}), flush=True)
 
 
@@ -343,7 +341,7 @@ def load_scenes(config, split):
 
 
 def set_up(config):
-    """Prepares the hardware. Returns the device, and the dtype of convolutions and MLPs."""
+    """Prepares the hardware. Returns the device, and the autocast to bfloat16, which may be off."""
     if config.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -357,12 +355,14 @@ def set_up(config):
         config.threads = config.threads or idle_cores()  # saved: a resumed run takes as many
         torch.set_num_threads(config.threads)
         cpuinfo = Path("/proc/cpuinfo")  # other CPUs emulate bfloat16, 50 times slower than float32
-        fast = cpuinfo.exists() and re.search("avx512_bf16|amx_bf16", cpuinfo.read_text())
+        fast = cpuinfo.exists() and bool(re.search("avx512_bf16|amx_bf16", cpuinfo.read_text()))
     if WORLD_SIZE > 1:
-        backend = "cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # the first one evaluates alone
-    dtype = torch.bfloat16 if fast else torch.float32
-    return device, dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+        dist.init_process_group()
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if fast else "float32"
+    data.say(f"{WORLD_SIZE} x {device}, {torch.get_num_threads()} threads, {dtype}")
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def idle_cores():
@@ -410,7 +410,7 @@ def build_optimizers(config, model, checkpoint=None):
     else:
         optimizers = muon_and_adam(model, config.muon)
     if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
     return optimizers
 
@@ -420,15 +420,20 @@ def save(out, config, model, optimizers, step, seconds):
     content = {"task": config.task, "arguments": model_arguments(config), "config": asdict(config),
                "model": model.state_dict(), "step": step, "seconds": seconds,
                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    tensors = [value for value in tree_leaves(content) if isinstance(value, torch.Tensor)]
-    if not all(value.isfinite().all() for value in tensors):
-        raise data.InputError(f"NaN or infinite weights by step {step}: not saved; "
-                              "try a smaller --lr, or --clip 1")
+    check_finite(content, step)
     if RANK == 0:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         with data.whole_file(out / "checkpoint.pt") as file:
             file.write(buffer.getbuffer())
+
+
+def check_finite(content, step):
+    """Raises InputError if a float, or a tensor, in dicts and lists has NaN or infinite values."""
+    for value in tree_leaves(content):
+        if isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all():
+            raise data.InputError(f"NaN or infinite values by step {step}: not saved; "
+                                  "try a smaller --lr, or --clip 1")
 
 
 def open_log(out, step):
@@ -455,34 +460,24 @@ def open_log(out, step):
 def write_row(log, row, config, renew):
     """Appends a row to the log, and shows it on stderr: on a line that renews itself, or stays.
 
-    Raises InputError if a loss is not finite, or the disk is full.
+    Raises InputError if a value is not finite, or the disk is full.
     """
-    for key in ("loss", "eval_loss"):
-        if not math.isfinite(row.get(key, 0)):
-            raise data.InputError(f"NaN or infinite {key} by step {row['step']}: not saved; "
-                                  "try a smaller --lr, or --clip 1")
+    check_finite(row, row["step"])
     try:
         log.write(json.dumps(row).encode() + b"\n")
         log.flush()
     except OSError as error:
         raise data.InputError(f"cannot write {log.name}: {error.strerror}") from error
     left = data.duration(row["seconds"] / row["step"] * (config.steps - row["step"]))
-    line = f"step {row['step']:,} of {config.steps:,}  {left} left"
-    if config.device == "cpu" and left.endswith("days"):
-        line += " on this CPU (with --small: minutes)"
-    for key, value in row.items():
-        if key not in ("step", "seconds"):
-            line += f"  {key} {value:.4g}"
-    data.say(line, renew)
+    values = [f"{key} {value:,.6g}" for key, value in row.items()]
+    data.say("  ".join([*values, f"{left} left"]), renew)
 
 
-def in_any_process(flag):
-    """Returns whether a flag is set in any process."""
-    if WORLD_SIZE == 1:
-        return bool(flag)
-    flag = torch.tensor(float(bool(flag)))
-    dist.all_reduce(flag)
-    return flag.item() > 0
+def in_any_process(stop):
+    """Returns whether a signal has come to any process."""
+    count = torch.tensor(len(stop))
+    sum_over_processes(count)
+    return count.item() > 0
 
 
 def catch_signals():
@@ -501,8 +496,8 @@ def catch_signals():
     return stop
 
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-           if hasattr(signal, name)]  # Windows has no SIGHUP
+SIGNALS = [number for number in signal.Signals  # Windows has no SIGHUP
+           if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 # --- Not in the paper ---------------------------------------------------------------------------
 
@@ -538,10 +533,8 @@ class Muon(torch.optim.Optimizer):
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            momentum = state["momentum"].lerp_(parameter.grad, 0.05)
+            momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+            momentum.lerp_(parameter.grad, 0.05)
             update = parameter.grad.lerp(momentum, 0.95)  # Nesterov's
             update = orthogonalize(update.flatten(1))
             rows, columns = update.shape
@@ -579,14 +572,13 @@ def muon_and_adam(model, layers):
 
 # --- The command line ---------------------------------------------------------------------------
 
-DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 MAY_BE_0 = "seed threads min_objects warmup train_iterations lr query_scale clip slot_loss".split()
 
 
 def parse(argv=None):
     """Returns the arguments, the run's Config, and the checkpoint of --resume or --eval."""
     parser = argparse.ArgumentParser(
-        "train.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+        usage=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS)  # so that only what was typed is there
     mode = parser.add_mutually_exclusive_group()
@@ -611,11 +603,6 @@ def parse(argv=None):
     if checkpoint:
         args.out = Path(run)
         recipe = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
-        if recipe.get("device") not in DEVICES:  # a run of another machine
-            recipe["device"] = DEVICES[0]
-        unknown = recipe.keys() - Config.__annotations__.keys()
-        if unknown:
-            parser.error(f"{run} is of another version of this code: it has {unknown}")
         if "steps" not in recipe and typed.get("data", recipe["data"]) not in data.FILES:
             parser.error(f"{run} comes without its dataset: give one with --data")
     else:
@@ -665,11 +652,9 @@ def main(argv=None):
         args, config, checkpoint = parse(argv)
         if "eval" in args:
             return print_evaluation(config, checkpoint)
-        code = train(config, args.out, checkpoint)
+        train(config, args.out, checkpoint)
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
-        if code:
-            sys.exit(code)
         if RANK == 0:
             visualize.main([str(args.out)])
 

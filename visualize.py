@@ -11,7 +11,6 @@ weights that come with the code. A model for set prediction has a figure of its 
 """
 
 import argparse
-import io
 import json
 import os
 from pathlib import Path
@@ -23,7 +22,7 @@ from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 
 from data import InputError
-from slot_attention import WeightsError, load_model
+from slot_attention import WeightsError, attributes, load_model
 
 WEIGHTS = Path(__file__).parent / "assets/tetrominoes.pt"
 # The slots' colours, a hundred times over; first Okabe and Ito's, which the colour-blind can tell.
@@ -41,7 +40,7 @@ def read_run(path):
     InputError if there is no such file, or none of this project.
     """
     is_run = os.path.isdir(path)
-    file = f"{path}/checkpoint.pt" if is_run or not path else path
+    file = f"{path}/checkpoint.pt" if is_run else path
     checkpoint = data.read_file(file)
     with data.reading(file):  # whatever is missing
         config = dict(checkpoint["config"])
@@ -53,11 +52,7 @@ def read_run(path):
 def load_run(path):
     """Returns a run's model, whose weights ask for no gradient, and its checkpoint (read_run)."""
     checkpoint = read_run(path)
-    try:
-        model = load_model(checkpoint)
-    except WeightsError as error:
-        raise InputError(f"{path}: {error}") from error
-    return model.requires_grad_(False), checkpoint
+    return load_model(checkpoint).requires_grad_(False), checkpoint
 
 
 def load_batch(run, checkpoint, args):
@@ -74,7 +69,8 @@ def load_batch(run, checkpoint, args):
             picture = data.read_picture(path)
             array = np.array(picture)
             if config["data"] in ("clevr", "clevr_like") and array.shape[:2] in data.CLEVR_CROP:
-                array = data.resize(data.cropped(array, config["crop"]), resolution)
+                array = data.cropped(array, config["crop"])
+                array = data.resize(array, resolution)
             else:
                 array = data.square(picture, resolution)
             pictures.append(array)
@@ -86,7 +82,7 @@ def load_batch(run, checkpoint, args):
         config["data"], "eval", config.get("data_root", "data"),
         config.get("eval_count", args.count), resolution, config["crop"],
         config["min_objects"], config["max_objects"], config.get("masks"))
-    return scenes.batch(range(len(scenes))[:args.count])
+    return scenes.batch(range(min(args.count, len(scenes))))
 
 
 # --- Compute ------------------------------------------------------------------------------------
@@ -143,8 +139,7 @@ def draw(rows, height=1.65):
             # A square on the screen, but in the units of CLEVR's frame, for draw_objects.
             axis.imshow(picture, extent=(0, 480, 320, 0), aspect=1.5)
             axis.set(xticks=[], yticks=[], ylabel="" if k else label)
-            axis.spines[:].set_color(color)
-            axis.spines[:].set_linewidth(2)
+            axis.spines[:].set(color=color, linewidth=2)
             if heads.get(k) != head:
                 axis.set_title(head)
             heads[k] = head
@@ -153,7 +148,7 @@ def draw(rows, height=1.65):
 
 def show_masks(images, output):
     """Returns a Figure like part (a), of images [B, 3, H, W] in [-1, 1] and the model's output."""
-    return draw([("", mask_cells(image, output, i)) for i, image in enumerate(images)])
+    return draw(scene_rows("scene", images, output))
 
 
 def draw_objects(batch, output):
@@ -163,24 +158,24 @@ def draw_objects(batch, output):
     """
     rows = []
     for image, attn in zip(batch["image"], output.attn[:, -1]):
-        rows.append(("", [("image", to_rgb(image), "black"), *attention_cells(image, attn)]))
+        cells = [("image", to_rgb(image), "black"), *attention_cells(image, attn)]
+        rows.append(("", cells))
     figure = draw(rows, 2.6)
-    axes = iter(figure.axes)
-    for i, predictions in enumerate(output.predictions):
-        whole = next(axes)
+    axes = np.reshape(figure.axes, (len(rows), -1))                     # [B, 2 + K]
+    for i, (whole, _, *each) in enumerate(axes):
         if "target" in batch:
             target = batch["target"][i]
-            whole.plot(*place(target[target[:, 18] > 0.5]), "wo", fillstyle="none", markersize=13)
-        next(axes)  # the attention of all slots
-        for k, prediction in enumerate(predictions):
+            real = target[target[:, 18] > 0.5]
+            whole.plot(*place(real), "wo", fillstyle="none", markersize=13)
+        for k, prediction in enumerate(output.predictions[i]):
             words = ["no object"]
             if prediction[18] > 0.5:
-                scores = prediction[3:18].split([2, 2, 3, 8])
-                names = data.CLEVR_TARGETS.values()
-                words = [name[score.argmax()] for name, score in zip(names, scores)]
-                whole.text(*place(prediction), k + 1, color="white", size=7, ha="center",
-                           va="center", bbox={"boxstyle": "circle,pad=0.2", "color": COLORS[k]})
-            next(axes).set_xlabel("\n".join(words))
+                chosen = zip(data.CLEVR_TARGETS.values(), attributes(prediction))
+                words = [names[index] for names, index in chosen]
+                circle = {"boxstyle": "circle,pad=0.2", "color": COLORS[k]}
+                whole.text(*place(prediction), k + 1, color="white", size=7,
+                           ha="center", va="center", bbox=circle)
+            each[k].set_xlabel("\n".join(words))
     return figure
 
 
@@ -214,55 +209,56 @@ def draw_runs(runs, args):
         model, checkpoint = load_run(run)
         batch = load_batch(run, checkpoint, args)
         images = batch["image"]
-        K = args.num_slots or checkpoint["arguments"]["num_slots"]
-        T = args.num_iterations or checkpoint["arguments"]["num_iterations"]
-        generator = torch.Generator().manual_seed(args.seed)
+        K = args.num_slots or model.slot_attention.num_slots
+        T = args.num_iterations or model.slot_attention.num_iterations
+        generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(images), K, model.slot_attention.dim, generator=generator)
         slots = model.slot_attention.init_slots(noise)                  # [B, K, D]
+        output = model(images, slots, num_iterations=T)
         if checkpoint["task"] == "set_prediction":
             if len(runs) > 1:
                 raise InputError("runs of set prediction are drawn one at a time")
-            return draw_objects(batch, model(images, slots, num_iterations=T))
+            return draw_objects(batch, output)
         if args.figure == "clip":
             rows += clip_rows(model, images, slots[:1], T)
         elif args.figure == "row":
-            rows += [("", wide_cells(image, model(image[None], init[None], num_iterations=T)))
-                     for image, init in zip(images, slots)]
-        elif len(runs) == 1:
-            rows += figure_3(model, images, slots, T, args.figure)
+            rows += [("", wide_cells(image, output, i)) for i, image in enumerate(images)]
+        elif len(runs) > 1:
+            rows += scene_rows(checkpoint["config"]["data"], images, output)
         else:
-            rows += figure_3(model, images, slots, T, "a", checkpoint["config"]["data"])
+            rows += scene_rows("(a) scene", images, output)
+            rows += iteration_rows(model, images[:1], slots[:1], T)
     return draw(rows)
 
 
-def figure_3(model, images, slots, T, parts, label="(a) scene"):
-    """Returns the rows of parts of Figure 3: (a) of each image, (b) and (c) of the first one."""
-    rows = []
-    if "a" in parts:
-        output = model(images, slots, num_iterations=T)
-        rows += [(f"{label} {i + 1}", mask_cells(image, output, i))
-                 for i, image in enumerate(images)]
-    steps = [t for t in (1, 2, 3, 5) if t < T] + [T]
-    image = images[0]
-    outputs = [model(image[None], slots[:1], num_iterations=t) for t in steps]
-    for part in "bc":
-        for t, output in zip(steps, outputs):
-            cells = mask_cells(image, output)
-            if part == "b":
-                cells[2:] = attention_cells(image, output.attn[0, -1])
-            if part in parts:
-                rows.append((f"({part}) iteration {t}", cells))
-    return rows
+def scene_rows(label, images, output):
+    """Returns a row for each image, as in part (a) of Figure 3."""
+    return [(f"{label} {i + 1}", mask_cells(image, output, i)) for i, image in enumerate(images)]
 
 
-def wide_cells(image, output):
-    """Returns all about one scene in one row: also its attention over the iterations."""
-    attn = output.attn[0]                                               # [T, K, h, w]
+def iteration_rows(model, image, slots, T):
+    """Returns parts (b) and (c) of Figure 3: attention and masks after 1 to T iterations."""
+    attention = []
+    masks = []
+    steps = [t for t in (1, 2, 3, 5) if t < T]
+    for t in [*steps, T]:
+        output = model(image, slots, num_iterations=t)
+        cells = mask_cells(image[0], output)
+        masks.append((f"(c) iteration {t}", cells))
+        cells = cells[:2] + attention_cells(image[0], output.attn[0, -1])
+        attention.append((f"(b) iteration {t}", cells))
+    return attention + masks
+
+
+def wide_cells(image, output, i):
+    """Returns all about scene i in one row: also its attention over the iterations."""
+    attn = output.attn[i]                                               # [T, K, h, w]
     attention = []
     for t in sorted({1, 2, 3, len(attn)}):
         if t <= len(attn):
-            attention.append(attention_cells(image, attn[t - 1], f"attention,\niteration {t}")[0])
-    picture, recon, masks, *slots = mask_cells(image, output)
+            head = f"attention,\niteration {t}"
+            attention.append(attention_cells(image, attn[t - 1], head)[0])
+    picture, recon, masks, *slots = mask_cells(image, output, i)
     return [picture, *attention, masks, recon, *slots]
 
 
@@ -281,46 +277,45 @@ def clip_rows(model, frames, slots, T):
 
 def save(figure, path):
     """Writes a Figure, whole or not at all. Raises InputError if its suffix is unknown."""
-    if not path.suffix:
-        path = Path(f"{path}.png")
     kind = path.suffix[1:].lower()
     if kind not in figure.canvas.get_supported_filetypes():
-        raise InputError(f"--out {path}: {path.suffix} is no kind of picture known here")
-    buffer = io.BytesIO()  # only what fails in writing is the user's to mend, not in drawing
-    figure.savefig(buffer, format=kind)
+        raise InputError(f"--out {path}: {kind!r} is no kind of picture known here")
     with data.whole_file(path) as file:
-        file.write(buffer.getbuffer())
+        figure.savefig(file, format=kind)
     data.say(f"drew {path}")
+
+
+def positive(text):
+    """Returns a flag's value, a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        "visualize.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+        usage=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", nargs="*")
-    add("--figure", choices="a b c abc row curve clip".split(), default="abc")
+    add("--figure", choices="abc row curve clip".split(), default="abc")
     add("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
-    add("--count", type=int, default=4, help="held-out scenes to draw [4]")
-    add("--num-slots", type=int, help="other than in training")
-    add("--num-iterations", type=int, help="other than in training")
-    add("--seed", type=int, default=0, help="of the slots' initial noise [0]")
-    add("--out", help="[figure.png or curve.png, in the run's folder]")
+    add("--count", type=positive, default=4, help="held-out scenes to draw [4]")
+    add("--num-slots", type=positive, help="other than in training")
+    add("--num-iterations", type=positive, help="other than in training")
+    add("--out", type=Path, help="[figure.png or curve.png, in the run's folder]")
     args = parser.parse_args(argv)
-    with data.one_line_errors():
-        for name, value in vars(args).items():
-            least = 0 if name == "seed" else 1
-            if isinstance(value, int) and value < least:
-                raise InputError(f"--{name.replace('_', '-')} must be at least {least}")
-        if args.figure == "clip" and not args.images:
-            raise InputError("--figure clip needs --images, the frames in their order")
-        newest = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)[-1:]
-        runs = args.run or [path.parent for path in newest] or [WEIGHTS]
-        folder = runs[0] if len(runs) == 1 and os.path.isdir(runs[0]) else ""
+    with data.one_line_errors(WeightsError):
+        by_time = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
+        newest = [path.parent for path in by_time[-1:]]
+        runs = args.run or newest or [WEIGHTS]
+        is_run = len(runs) == 1 and os.path.isdir(runs[0])
+        folder = runs[0] if is_run else ""
         if args.figure == "curve":
-            save(draw_curves(runs), Path(args.out or Path(folder, "curve.png")))
+            save(draw_curves(runs), args.out or Path(folder, "curve.png"))
         else:
-            save(draw_runs(runs, args), Path(args.out or Path(folder, "figure.png")))
+            save(draw_runs(runs, args), args.out or Path(folder, "figure.png"))
 
 
 if __name__ == "__main__":
