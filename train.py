@@ -12,8 +12,6 @@ are the recipe's values; in brackets are those of the paper's CLEVR6 recipe.
 """
 
 import argparse
-import contextlib
-import ctypes
 import functools
 import inspect
 import io
@@ -154,7 +152,6 @@ def train(config, out, checkpoint=None):
     optimizers = build_optimizers(config, model, checkpoint)
     train_set = load_scenes(config, "train")
     eval_set = load_scenes(config, "eval")
-    keep_freed_memory()
     start = checkpoint["step"] if checkpoint else 0
     seconds = checkpoint["seconds"] if checkpoint else 0.0
     log = open_log(out, start)
@@ -305,8 +302,8 @@ def evaluate(model, config, scenes, device, autocast, num_iterations=None):
 def foreground_ari(label, masks):
     """Returns FG-ARI [B] of masks [B, K, 1, H, W]; label [B, H, W]: 0 background, 255 left out."""
     label = label.flatten(1)[..., None]                                 # [B, P, 1]
-    foreground = label[(label > 0) & (label < 255)].unique()            # entities
-    true_mask = (label == foreground).byte()                            # [B, P, entities]
+    foreground = label[(label > 0) & (label < 255)].unique()            # [entities]
+    true_mask = label == foreground                                     # [B, P, entities]
     return adjusted_rand_index(true_mask, masks.flatten(2).transpose(1, 2))
 
 
@@ -377,15 +374,6 @@ def idle_cores():
     time.sleep(0.5)
     idle = (float(stat.read_text().split()[4]) - before) / 50
     return min(max(round(idle), 1), torch.get_num_threads())
-
-
-def keep_freed_memory():
-    """Makes glibc keep large tensors' memory for the next: clearing pages is 1/8 of a step."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # another libc
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)   # M_MMAP_MAX: take everything from the heap,
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never give it back
 
 
 def build_model(config, device, checkpoint=None):
