@@ -1018,7 +1018,7 @@ run --figure curve
 def test_figures_of_all_kinds(capsys):
     run(f"{TINY} --steps 3 --num-slots 5 --out run")
     Image.new("RGB", (480, 320), "blue").save("own.png")
-    for flags in FIGURES.splitlines():  # the first line: the newest run
+    for flags in FIGURES.splitlines():  # the first line: the weights that come with the code
         visualize.main(flags.split())
         assert Path(capsys.readouterr().err.split()[-1]).stat().st_size > 5_000
 

@@ -6,8 +6,8 @@
     python visualize.py RUN --images a.png b.jpg  your own pictures
     python visualize.py RUN --figure clip --images 1.png 2.png ...    slots carried along
 
-A RUN is a run's folder or a file of weights; without it, it is the newest one under runs/, else the
-weights that come with the code. A model for set prediction has a figure of its own.
+A RUN is a run's folder or a file of weights; without it, it is the weights that come with the code,
+of Tetrominoes. A model for set prediction has a figure of its own.
 """
 
 import argparse
@@ -277,7 +277,7 @@ def clip_rows(model, frames, slots, T):
 
 def save(figure, path):
     """Writes a Figure, whole or not at all. Raises InputError if its suffix is unknown."""
-    kind = path.suffix[1:].lower()
+    kind = path.suffix[1:]
     if kind not in figure.canvas.get_supported_filetypes():
         raise InputError(f"--out {path}: {kind!r} is no kind of picture known here")
     with data.whole_file(path) as file:
@@ -298,7 +298,7 @@ def main(argv=None):
         usage=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run", nargs="*")
+    add("runs", nargs="*", default=[WEIGHTS])
     add("--figure", choices="abc row curve clip".split(), default="abc")
     add("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
     add("--count", type=positive, default=4, help="held-out scenes to draw [4]")
@@ -307,15 +307,12 @@ def main(argv=None):
     add("--out", type=Path, help="[figure.png or curve.png, in the run's folder]")
     args = parser.parse_args(argv)
     with data.one_line_errors(WeightsError):
-        by_time = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
-        newest = [path.parent for path in by_time[-1:]]
-        runs = args.run or newest or [WEIGHTS]
-        is_run = len(runs) == 1 and os.path.isdir(runs[0])
-        folder = runs[0] if is_run else ""
+        is_run = len(args.runs) == 1 and os.path.isdir(args.runs[0])
+        folder = args.runs[0] if is_run else ""
         if args.figure == "curve":
-            save(draw_curves(runs), args.out or Path(folder, "curve.png"))
+            save(draw_curves(args.runs), args.out or Path(folder, "curve.png"))
         else:
-            save(draw_runs(runs, args), args.out or Path(folder, "figure.png"))
+            save(draw_runs(args.runs, args), args.out or Path(folder, "figure.png"))
 
 
 if __name__ == "__main__":
