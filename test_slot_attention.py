@@ -312,7 +312,7 @@ def test_first_convolution_by_linearity_is_the_convolution(size):
     nn.init.normal_(conv.bias)
     slots = torch.randn(3, 8).double().requires_grad_()
     fast = decoder.convolve_broadcast(conv, slots)
-    plain = conv(decoder.pos(sa.broadcast(slots, (size, size + 2))))
+    plain = conv(decoder.pos(slots[:, :, None, None].expand(-1, -1, size, size + 2)))
     assert_close(fast, plain)
     inputs = [slots, *conv.parameters(), *decoder.pos.parameters()]
     assert_close(*(torch.autograd.grad(y.pow(2).sum(), inputs) for y in (fast, plain)))
