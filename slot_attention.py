@@ -316,7 +316,7 @@ class Decoder(nn.Module):
 
 def to_pair(resolution):
     """Returns (H, W) of one number for both, or of (H, W)."""
-    return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
 class Conv2dSame(nn.Conv2d):
@@ -392,14 +392,14 @@ def adjusted_rand_index(true_mask, pred_mask):
     As in DeepMind's multi_object_datasets, but 1 where that gives NaN (0/0).
     """
     true = (true_mask > 0).float()                                      # [B, P, Gt]
-    pred = F.one_hot(pred_mask.argmax(dim=2), pred_mask.shape[2]).float()
+    pred = F.one_hot(pred_mask.argmax(dim=2)).float()                   # [B, P, Gp]
     n_ij = (true.mT @ pred).long()                                      # [B, Gt, Gp]: in both
 
     def pairs(count):
         return (count * (count - 1)).flatten(1).sum(dim=1).float()      # [B], ordered pairs
 
-    true_pairs = pairs(n_ij.sum(dim=2))
-    pred_pairs = pairs(n_ij.sum(dim=1))
+    true_pairs = pairs(n_ij.sum(dim=2))                                 # in one true group
+    pred_pairs = pairs(n_ij.sum(dim=1))                                 # in one predicted group
     all_pairs = pairs(n_ij.sum(dim=(1, 2), keepdim=True))
     expected = true_pairs * (pred_pairs / all_pairs.clamp(min=1))
     maximum = (true_pairs + pred_pairs) / 2
@@ -472,18 +472,19 @@ def average_precision_clevr(pred, target, distance_threshold=math.inf):
         distance_threshold = math.inf
     K = pred.shape[1]
     M = target.shape[1]
-    count = (target[..., 18] > 0.5).sum().item()
+    real = target[..., 18] > 0.5                                        # [B, M]
+    count = real.sum().item()
     order = pred[..., 18].flatten().argsort(descending=True, stable=True)
     image = order // K                                                  # [B * K]
     pred = pred.flatten(0, 1)[order]                                    # [B * K, 19]
     target = target[image]                                              # [B * K, M, 19]
-    same = target[..., 18] > 0.5                                        # [B * K, M]: real, and ...
-    for start, end in ((3, 5), (5, 7), (7, 10), (10, 18)):
+    same = real[image]                                                  # [B * K, M]
+    for start, end in ((3, 5), (5, 7), (7, 10), (10, 18)):  # size, material, shape, colour
         most_probable = pred[:, None, start:end].argmax(dim=2)          # [B * K, 1]
         same = same & (most_probable == target[..., start:end].argmax(dim=2))
     distance = 6 * (pred[:, None, :3] - target[..., :3]).norm(dim=2)    # [B * K, M]
     distance, nearest = torch.where(same, distance, math.inf).min(dim=1)
-    claims = torch.where(distance < distance_threshold, image * M + nearest, -1)
+    claims = torch.where(distance < distance_threshold, image * M + nearest, -1)    # -1: none
 
     found = set()
     precisions = []  # at each hit
