@@ -8,12 +8,11 @@ equation numbers are the paper's (https://arxiv.org/abs/2006.15055), and so are 
     T  iterations             H, W  size of an image (h, w: of a grid)
 """
 
-import contextlib
 import functools
 import math
 import re
-from itertools import combinations
-from typing import NamedTuple
+from collections import namedtuple
+from itertools import accumulate, combinations
 
 import torch
 import torch.nn as nn
@@ -99,7 +98,7 @@ class SlotAttention(nn.Module):
         v = self.project_v(inputs)                                      # [B, N, D]
         if slots is None:
             shape = len(inputs), num_slots or self.num_slots, self.dim
-            slots = self.init_slots(torch.randn(shape, device=k.device, dtype=self.slots_mu.dtype))
+            slots = self.init_slots(torch.randn(shape, device=k.device))
         slots = slots.to(self.slots_mu.dtype)                           # [B, K, D]
         init = slots
         attns = []
@@ -109,7 +108,7 @@ class SlotAttention(nn.Module):
                 slots = slots.detach() + (init - init.detach())
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5   # [B, K, D]
-            attn = (q @ k.transpose(1, 2)).softmax(dim=1)               # [B, K, N]; equation 1
+            attn = (q @ k.mT).softmax(dim=1)                            # [B, K, N]; equation 1
             weights = attn + self.eps
             weights = weights / weights.sum(dim=2, keepdim=True)        # weighted mean: equation 2
             updates = weights @ v                                       # [B, K, D]
@@ -123,13 +122,9 @@ class SlotAttention(nn.Module):
 # --- The models (sections 2.2 and 2.3) ----------------------------------------------------------
 
 
-class AutoEncoderOutput(NamedTuple):
-    """Images as the model sees them; their pixels are in [-1, 1], but not clipped."""
-    recon_combined: torch.Tensor  # [B, 3, H, W], the sum of recons * masks over the slots
-    recons: torch.Tensor          # [B, K, 3, H, W]
-    masks: torch.Tensor           # [B, K, 1, H, W], sum to 1 over the slots
-    slots: torch.Tensor           # [B, K, D]
-    attn: torch.Tensor            # [B, T, K, h, w]
+AutoEncoderOutput = namedtuple(
+    "AutoEncoderOutput", ["recon_combined", "recons", "masks", "slots", "attn"])
+SetPrediction = namedtuple("SetPrediction", ["predictions", "slots", "attn"])
 
 
 class SlotAttentionAutoEncoder(nn.Module):
@@ -164,9 +159,12 @@ class SlotAttentionAutoEncoder(nn.Module):
                                decoder_kernel, pixel_shuffle)
 
     def forward(self, image, slots=None, num_slots=None, num_iterations=None):
-        """Returns an AutoEncoderOutput for image [B, 3, H, W] in [-1, 1].
+        """Returns an AutoEncoderOutput for image [B, 3, H, W] in [-1, 1]:
 
-        slots [B, K, D], num_slots and num_iterations as in SlotAttention.forward.
+        recon_combined [B, 3, H, W]: the image again, the sum of recons * masks over the slots;
+        recons [B, K, 3, H, W]: the slots' pictures, also in [-1, 1], but not clipped;
+        masks [B, K, 1, H, W]: sum to 1 over the slots; slots [B, K, D]; attn [B, T, K, h, w].
+        The arguments slots, num_slots and num_iterations are as in SlotAttention.forward.
         """
         features = self.encoder(image)                                  # [B, N, D]
         with no_autocast(features):
@@ -178,13 +176,6 @@ class SlotAttentionAutoEncoder(nn.Module):
         recon_combined = (recons * masks).sum(dim=1)                    # [B, 3, H, W]
         attn = attn.unflatten(-1, self.encoder.grid_size)               # [B, T, K, h, w]
         return AutoEncoderOutput(recon_combined, recons, masks, slots, attn)
-
-
-class SetPrediction(NamedTuple):
-    """One object per slot, see SlotAttentionClassifier."""
-    predictions: torch.Tensor     # [B, K, 19] in [0, 1]
-    slots: torch.Tensor           # [B, K, D]
-    attn: torch.Tensor            # [B, T, K, h, w]
 
 
 class SlotAttentionClassifier(nn.Module):
@@ -219,9 +210,10 @@ class SlotAttentionClassifier(nn.Module):
         keras_init(self.mlp_classifier)
 
     def forward(self, image, slots=None, num_slots=None, num_iterations=None):
-        """Returns a SetPrediction for image [B, 3, H, W] in [-1, 1].
+        """Returns a SetPrediction for image [B, 3, H, W] in [-1, 1]:
 
-        slots [B, K, D], num_slots and num_iterations as in SlotAttention.forward.
+        predictions [B, K, 19] in [0, 1]: an object per slot; slots [B, K, D]; attn [B, T, K, h, w].
+        The arguments slots, num_slots and num_iterations are as in SlotAttention.forward.
         """
         features = self.encoder(image)                                  # [B, N, D]
         with no_autocast(features):
@@ -231,10 +223,11 @@ class SlotAttentionClassifier(nn.Module):
 
 
 def no_autocast(x):
-    """Returns a context without autocast. Some devices, such as meta, have no autocast anyway."""
-    if not torch.amp.is_autocast_available(x.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
+    """Returns a context without autocast on the device of x."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):  # such as meta: there is none to switch off
+        device = "cpu"
+    return torch.autocast(device, enabled=False)
 
 
 # --- The layers, as Keras has them: PyTorch's differ in padding, initialisation and epsilon -----
@@ -262,7 +255,7 @@ class Encoder(nn.Module):
 
     def forward(self, image):
         x = self.cnn(image)                                             # [B, C, h, w]
-        x = self.pos(x).flatten(2).transpose(1, 2)                      # [B, N, C]
+        x = self.pos(x).flatten(2).mT                                   # [B, N, C]
         x = self.mlp(self.layer_norm(x))                                # [B, N, D]
         return x.to(self.pos.grid.dtype)  # float32 again, if autocast made it bfloat16
 
@@ -288,8 +281,10 @@ class Decoder(nn.Module):
             conv = Conv2dSame if stride == 1 else ConvTranspose2dSame
             layers += [conv(in_channels, channels, kernel_size, stride), nn.ReLU()]
             in_channels = channels
-        layers.append(Conv2dSame(in_channels, 4 * pixel_shuffle ** 2, 3))
-        layers.append(nn.PixelShuffle(pixel_shuffle))
+        layers += [
+            Conv2dSame(in_channels, 4 * pixel_shuffle ** 2, 3),
+            nn.PixelShuffle(pixel_shuffle),
+        ]
         self.cnn = nn.Sequential(*layers)
         keras_init(self)
 
@@ -298,36 +293,30 @@ class Decoder(nn.Module):
         if isinstance(conv, Conv2dSame):
             x = self.convolve_broadcast(conv, slots)                    # the same in less time
         else:
-            x = conv(self.pos(broadcast(slots, self.grid_size)))        # [M, C, h, w]
+            x = conv(self.pos(slots[:, :, None, None]))                 # [M, C, h, w]
         x = self.cnn[1:](x)
         H, W = self.resolution
         return x[:, :, :H, :W]                                          # [M, 4, H, W]
 
     def convolve_broadcast(self, conv, slots):
-        """Returns conv(pos(broadcast(slots))) [M, C, h, w], without convolving each slot's grid.
+        """Returns conv(pos(slots)) [M, C, h, w], without convolving each slot's grid.
 
         A slot is the same in every cell of the grid. So each of the kernel's k * k taps adds the
         same to every cell, but to those near a border whose tap would lie outside the grid. This
         holds because pos adds the same map to every slot: if you change pos, delete this method.
         """
         k = conv.kernel_size[0]
-        taps = torch.einsum("md,cdt->mtc", slots, conv.weight.flatten(2))   # [M, k * k, C]
+        taps = torch.einsum("md,cdt->mct", slots, conv.weight.flatten(2))   # [M, C, k * k]
         ones = slots.new_ones(1, 1, *self.grid_size)
         inside = F.unfold(ones, k, padding=k // 2)[0]                   # [k * k, h * w], 0 or 1
-        x = inside.T @ taps                                             # [M, h * w, C]
-        x = x.unflatten(1, self.grid_size).permute(0, 3, 1, 2)          # [M, C, h, w]
-        position = self.pos(broadcast(torch.zeros_like(slots[:1]), self.grid_size))
+        x = (taps @ inside).unflatten(2, self.grid_size)                # [M, C, h, w]
+        position = self.pos(slots.new_zeros(1, 1, 1, 1))                # [1, D, h, w]
         return x + conv(position)                                       # conv is linear
-
-
-def broadcast(slots, grid_size):
-    """Copies each slot to every cell of a grid: [M, D] -> [M, D, h, w]."""
-    return slots[:, :, None, None].expand(-1, -1, *grid_size)
 
 
 def to_pair(resolution):
     """Returns (H, W) of one number for both, or of (H, W)."""
-    return (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+    return (resolution, resolution) if isinstance(resolution, int) else resolution
 
 
 class Conv2dSame(nn.Conv2d):
@@ -340,16 +329,12 @@ class Conv2dSame(nn.Conv2d):
         k = self.kernel_size[0]
         stride = self.stride[0]
         if stride == 1:
-            return F.conv2d(x, self.weight, self.bias, padding=k // 2)
-        top, bottom = same_padding(x.shape[2], k, stride)
-        left, right = same_padding(x.shape[3], k, stride)
-        return F.conv2d(F.pad(x, (left, right, top, bottom)), self.weight, self.bias, stride)
-
-
-def same_padding(size, k, stride):
-    """Returns TensorFlow's "SAME" padding before and after an axis of a length."""
-    padding = max((math.ceil(size / stride) - 1) * stride + k - size, 0)
-    return padding // 2, padding - padding // 2
+            return F.conv2d(x, self.weight, self.bias, padding="same")
+        padding = []
+        for size in (x.shape[3], x.shape[2]):  # in F.pad's order
+            total = max((math.ceil(size / stride) - 1) * stride + k - size, 0)
+            padding += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, padding))
 
 
 class ConvTranspose2dSame(nn.ConvTranspose2d):
@@ -370,7 +355,7 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
 class SoftPositionEmbed(nn.Module):
     """Adds a learned linear map of each cell's distances to the four borders (appendix E).
 
-    [B, C, h, w] -> [B, C, h, w].
+    [B, C, h, w], or [B, C, 1, 1]: the same in every cell, -> [B, C, h, w].
     """
 
     def __init__(self, channels, grid_size):
@@ -378,13 +363,13 @@ class SoftPositionEmbed(nn.Module):
         self.dense = nn.Linear(4, channels)
         axes = [torch.linspace(0, 1, size) for size in grid_size]
         rows, cols = torch.meshgrid(axes, indexing="ij")
-        grid = torch.stack([rows, cols, 1 - rows, 1 - cols], dim=-1)[None]     # [1, h, w, 4]
+        grid = torch.stack([rows, cols, 1 - rows, 1 - cols], dim=-1)    # [h, w, 4]
         self.register_buffer("grid", grid, persistent=False)
 
     def forward(self, x):
         with no_autocast(x):  # bfloat16 would round a position to 1/256
-            position = self.dense(self.grid)                            # [1, h, w, C]
-        return x + position.permute(0, 3, 1, 2)
+            position = self.dense(self.grid)                            # [h, w, C]
+        return x + position.permute(2, 0, 1)
 
 
 def keras_init(module):
@@ -407,18 +392,16 @@ def adjusted_rand_index(true_mask, pred_mask):
     As in DeepMind's multi_object_datasets, but 1 where that gives NaN (0/0).
     """
     true = (true_mask > 0).float()                                      # [B, P, Gt]
-    pred = F.one_hot(pred_mask.argmax(dim=2), pred_mask.shape[2]).float()
-    n_ij = (true.transpose(1, 2) @ pred).long()                         # [B, Gt, Gp]: in both
-    n_i = n_ij.sum(dim=2)                                               # [B, Gt]
-    n_j = n_ij.sum(dim=1)                                               # [B, Gp]
-    n = n_i.sum(dim=1, keepdim=True)                                    # [B, 1]
+    pred = F.one_hot(pred_mask.argmax(dim=2)).float()                   # [B, P, Gp]
+    n_ij = (true.mT @ pred).long()                                      # [B, Gt, Gp]: in both
 
     def pairs(count):
         return (count * (count - 1)).flatten(1).sum(dim=1).float()      # [B], ordered pairs
 
-    true_pairs = pairs(n_i)
-    pred_pairs = pairs(n_j)
-    expected = true_pairs * (pred_pairs / pairs(n).clamp(min=1))
+    true_pairs = pairs(n_ij.sum(dim=2))                                 # in one true group
+    pred_pairs = pairs(n_ij.sum(dim=1))                                 # in one predicted group
+    all_pairs = pairs(n_ij.sum(dim=(1, 2), keepdim=True))
+    expected = true_pairs * (pred_pairs / all_pairs.clamp(min=1))
     maximum = (true_pairs + pred_pairs) / 2
     index = (pairs(n_ij) - expected) / (maximum - expected)
     return torch.where(maximum == expected, 1.0, index)
@@ -433,7 +416,7 @@ def minimum_cost_matching(cost):
     """
     n, m = cost.shape[1:]
     if n > m:
-        cols, rows = minimum_cost_matching(cost.transpose(1, 2))
+        cols, rows = minimum_cost_matching(cost.mT)
         rows, order = rows.sort(dim=1)
         return rows, cols.gather(1, order)
     if m > 16:
@@ -487,21 +470,28 @@ def average_precision_clevr(pred, target, distance_threshold=math.inf):
     """
     if distance_threshold == -1:
         distance_threshold = math.inf
-    order = pred[..., 18].argsort(dim=1, descending=True, stable=True)  # within each image
-    pred = pred.gather(1, order[..., None].expand_as(pred))
+    K = pred.shape[1]
+    M = target.shape[1]
     real = target[..., 18] > 0.5                                        # [B, M]
-    same = attributes(pred)[:, :, None] == attributes(target)[:, None]  # [B, K, M, 4]
-    same = same.all(dim=3) & real[:, None]                              # [B, K, M]
-    distance = 6 * torch.cdist(pred[..., :3], target[..., :3])
-    distance, nearest = torch.where(same, distance, math.inf).min(dim=2, keepdim=True)  # [B, K, 1]
-    claims = torch.zeros_like(same).scatter(2, nearest, distance < distance_threshold)
-    hits = (claims & (claims.cumsum(dim=1) == 1)).any(dim=2)            # [B, K]: first to claim it
+    order = pred[..., 18].flatten().argsort(descending=True, stable=True)
+    image = order // K                                                  # [B * K]
+    pred = pred.flatten(0, 1)[order]                                    # [B * K, 19]
+    target = target[image]                                              # [B * K, M, 19]
+    same = attributes(pred)[:, None] == attributes(target)              # [B * K, M, 4]
+    same = same.all(dim=2) & real[image]                                # [B * K, M]
+    distance = 6 * (pred[:, None, :3] - target[..., :3]).norm(dim=2)    # [B * K, M]
+    distance, nearest = torch.where(same, distance, math.inf).min(dim=1)
+    claims = torch.where(distance < distance_threshold, image * M + nearest, -1)
 
-    order = pred[..., 18].flatten().argsort(descending=True, stable=True)   # of all images
-    hits = hits.flatten()[order].double()
-    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1, device=hits.device)
-    precision = precision.flip(0).cummax(0).values.flip(0)              # at this recall or a higher
-    return ((hits * precision).sum() / real.sum()).item()
+    count = real.sum().item()
+    found = set()
+    precisions = []  # at each hit
+    for rank, claim in enumerate(claims.tolist(), start=1):
+        if claim >= 0 and claim not in found:
+            found.add(claim)
+            precisions.append(len(found) / rank)
+    best = accumulate(reversed(precisions), max)  # at this recall or a higher one
+    return sum(best) / count if count else math.nan
 
 
 def attributes(objects):
@@ -583,8 +573,8 @@ def load_official_weights(model, variables):
                 value = value.transpose(0, 1).flip(2, 3)                # theirs is transposed
         elif "weight" in name:
             value = value.t()
-        weights[name] = value
-    bias = weights.pop("slot_attention.gru.bias", None)                 # [2, 3 * D]
-    if bias is not None:
-        weights["slot_attention.gru.bias_ih"], weights["slot_attention.gru.bias_hh"] = bias
+        if name.endswith("gru.bias"):                                   # [2, 3 * D]
+            weights[name + "_ih"], weights[name + "_hh"] = value
+        else:
+            weights[name] = value
     load_weights(model, weights)

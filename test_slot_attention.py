@@ -85,7 +85,6 @@ def equal(a, b):
 
 # --- Equal to the official code -----------------------------------------------------------------
 
-KEY = "network/layer_with_weights-0/{}/.ATTRIBUTES/VARIABLE_VALUE"  # in the official checkpoints
 # The shapes of official variables, as Keras has them: the first whose pattern is in the name.
 SHAPES = """
 slots_ 1 1 64
@@ -144,7 +143,7 @@ def test_models_equal_official(task, model_class, num_slots, count):
     weights, image, noise = official_inputs(case["names"].tolist(), num_slots)
     model = model_class(128, num_slots)
     assert sum(parameter.numel() for parameter in model.parameters()) == count
-    sa.load_official_weights(model, {KEY.format(name): weights[name] for name in weights})
+    sa.load_official_weights(model, weights)
     output = model(image, model.slot_attention.init_slots(noise))
     if task == "discovery":
         loss = F.mse_loss(output.recon_combined, image)
@@ -185,20 +184,23 @@ slot_attention.gru.weight_ih       256
 slot_attention.project_q.weight    128
 encoder.cnn.2.weight              3200
 decoder.cnn.0.weight              3200
+mlp_classifier.0.weight            128
 """
 
 
 def test_initialisation_is_keras():
     """Uniform up to sqrt(6 / (inputs + outputs)); the GRU's own kernel orthogonal; biases 0."""
     torch.manual_seed(0)
-    model = sa.SlotAttentionAutoEncoder(128, 7)
+    parameters = {}
+    for model_class in sa.MODELS.values():
+        parameters.update(model_class(128, 7).named_parameters())
     for line in LIMITS.strip().splitlines():
         name, fans = line.split()
-        largest = model.get_parameter(name).abs().max().item()
+        largest = parameters[name].abs().max().item()
         assert 0.93 < largest / (6 / int(fans)) ** 0.5 <= 1, name
-    recurrent = model.slot_attention.gru.weight_hh
+    recurrent = parameters["slot_attention.gru.weight_hh"]
     assert_close(recurrent.T @ recurrent, torch.eye(64))
-    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    assert not any(p.any() for name, p in parameters.items() if name.endswith("bias"))
 
 
 @parametrize("task", sa.MODELS)
@@ -224,7 +226,7 @@ def test_official_checkpoint_is_read_without_tensorflow():
     sa.load_official_weights(model, arrays)
     for strides in ((1,), (1, 2, 2)):
         model = sa.SlotAttentionAutoEncoder(16, 3, encoder_strides=strides, **small)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
+        before = pickle.loads(pickle.dumps(model.state_dict()))
         with pytest.raises(sa.WeightsError, match="another model"):
             sa.load_official_weights(model, arrays)
         assert equal(before, model.state_dict())
@@ -234,9 +236,9 @@ def test_official_checkpoint_is_read_without_tensorflow():
 
 
 def random_case():
-    """Returns a module, inputs and initial slots or noise, in float64."""
+    """Returns a module, inputs and initial slots or noise of more slots, in float64."""
     torch.manual_seed(0)
-    module = sa.SlotAttention(5, 16).double()
+    module = sa.SlotAttention(3, 16, learned_queries=True).double()
     return module, torch.randn(2, 30, 16).double(), torch.randn(2, 5, 16).double()
 
 
@@ -245,7 +247,8 @@ def test_slot_attention_is_algorithm_1():
     module, inputs, noise = random_case()
     slots, attn = module(inputs, module.init_slots(noise))
     x = module.norm_inputs(inputs)
-    s = module.slots_mu + module.slots_log_sigma.exp() * noise
+    means = module.slots_mu[:, [0, 1, 2, 0, 1]]  # used in turn
+    s = means + module.slots_log_sigma.exp() * noise
     for t in range(3):
         q = module.project_q(module.norm_slots(s))
         a = (q @ module.project_k(x).mT / 4).softmax(1)                     # [B, K, N]
@@ -256,22 +259,23 @@ def test_slot_attention_is_algorithm_1():
     assert_close(slots, s, rtol=0, atol=1e-12)
 
 
+@parametrize("device", ["cpu", "meta"])
 @parametrize("model_class", sa.MODELS.values())
-def test_slots_and_iterations_change_at_test_time(model_class):
-    """On the meta device: shapes without numbers."""
-    with torch.device("meta"):
-        model = model_class((32, 48), 4, learned_queries=True)
-        output = model(torch.empty(2, 3, 32, 48), num_slots=6, num_iterations=5)
+def test_slots_and_iterations_change_at_test_time(model_class, device):
+    """And under autocast, attention and positions stay in float32."""
+    with torch.device(device), torch.autocast("cpu", torch.bfloat16):
+        model = model_class((8, 12), 4)
+        output = model(torch.zeros(2, 3, 8, 12), num_slots=6, num_iterations=5)
+        position = model.encoder.pos(torch.zeros(1).bfloat16())
     assert output.attn.shape[:3] == (2, 5, 6)
+    assert output.attn.dtype == position.dtype == torch.float32
 
 
 def test_proposition_1():
     """Slots are equivariant to the order of the initial slots, and invariant to the inputs'."""
     module, inputs, init = random_case()
-    i = torch.randperm(5)
-    j = torch.randperm(30)
     slots, attn = module(inputs, init)
-    assert_close(module(inputs[:, j], init[:, i]), (slots[:, i], attn[:, :, i][..., j]))
+    assert_close(module(inputs.flip(1), init.flip(1)), (slots.flip(1), attn.flip(2, 3)))
 
 
 @torch.no_grad()
@@ -286,8 +290,7 @@ def test_the_class_alone_is_the_module():
     init = torch.randn(2, 3, 8).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(pasted(inputs, init), module(inputs, init.float()), rtol=0, atol=0)
-    slots, attn = pasted.to("meta")(inputs.to("meta"))
-    assert attn.shape == (2, 3, 3, 9)
+    pasted.to("meta")(inputs.to("meta"))
 
 
 def test_implicit_is_the_last_iteration_with_gradient():
@@ -312,13 +315,13 @@ def test_first_convolution_by_linearity_is_the_convolution(size):
     nn.init.normal_(conv.bias)
     slots = torch.randn(3, 8).double().requires_grad_()
     fast = decoder.convolve_broadcast(conv, slots)
-    plain = conv(decoder.pos(sa.broadcast(slots, (size, size + 2))))
+    plain = conv(decoder.pos(slots[:, :, None, None]))
     assert_close(fast, plain)
     inputs = [slots, *conv.parameters(), *decoder.pos.parameters()]
     assert_close(*(torch.autograd.grad(y.pow(2).sum(), inputs) for y in (fast, plain)))
 
 
-@parametrize("case", [case for case in cases("ari") if "mask255" not in case])
+@parametrize("case", cases("ari", "noisy_fg_mask255", "small_fg_mask255"))
 def test_ari_equals_official(case):
     """Where the official code gives NaN, ours gives 1; masks of 0/255 score as those of 0/1."""
     case = golden(f"ari/{case}")
@@ -337,7 +340,7 @@ def test_hungarian_loss_equals_official(case):
     assert_allclose(pred.grad, case["grad_pred"], atol=1e-7)
 
 
-@parametrize("n, m", [(1, 1), (3, 3), (6, 6), (4, 6), (1, 5)])
+@parametrize("n, m", [(1, 1), (6, 6), (4, 6), (1, 5)])
 def test_matching_equals_brute_force(n, m):
     cost = torch.from_numpy(np.random.default_rng(0).normal(size=(20, n, m)))
     orders = torch.tensor([*itertools.permutations(range(m), n)])
@@ -346,6 +349,7 @@ def test_matching_equals_brute_force(n, m):
         rows, cols = sa.minimum_cost_matching(matrices)
         ours = matrices[torch.arange(20)[:, None], rows, cols].sum(1)
         assert_close(ours, best, rtol=1e-6, atol=1e-6)
+        assert (rows.diff() > 0).all()
 
 
 @parametrize("case", cases("ap", "thresholds", "helper"))
@@ -400,7 +404,6 @@ def test_a_real_file_is_read_trained_on_and_drawn(capsys):
     shutil.copy(file, "data/tetrominoes_tetrominoes_train.tfrecords")  # as browsers name it
     train.main(f"{TINY} --steps 1 --out run".split())
     assert "generated" not in capsys.readouterr().err
-    assert Path("run/figure.png").stat().st_size > 10_000
 
 
 @parametrize("n, train_count, border", [
@@ -477,7 +480,6 @@ def test_clevr_v1_is_read_and_trained_on(capsys):
     assert "ari" not in log_of("a")[-1]
     train.main(f"{flags} --task set_prediction --out b".split())
     assert {"ap_inf", "ap_0.125"} <= log_of("b")[-1].keys()
-    assert Path("b/figure.png").stat().st_size > 10_000
 
 
 @parametrize("make, n, size, entities, least, most", [
@@ -586,12 +588,9 @@ def test_own_pictures_train_as_the_same_arrays(refused, monkeypatch):
     run(f"{flags} --data mine --out b")
     assert log_of("a") == log_of("b")
     assert "--batch-size 32" in refused("--data own --small")
-    for path in Path("own").glob("*.*"):
-        path.unlink()
-    assert "--batch-size 32" in refused("--data own --small")  # of one picture
 
 
-@parametrize("n, held_out", [(9, 1), (57, 5), (9_999, 320)])
+@parametrize("n, held_out", [(1, 1), (9, 1), (57, 5), (9_999, 320)])
 def test_a_tenth_of_the_pictures_is_held_out(n, held_out):
     splits = [data.held_out_index(n, split) for split in ("eval", "train")]
     assert len(splits[0]) == held_out
@@ -661,9 +660,12 @@ def test_a_cache_follows_its_sources(monkeypatch):
     assert build("a") == 1
     os.utime("a", (0, 0))
     assert build("a") == 2
-    assert build("a", "b") == 3
-    monkeypatch.setattr(data, "CACHE_VERSION", -1)
+    os.truncate("a", 1)
+    os.utime("a", (0, 0))
+    assert build("a") == 3
     assert build("a", "b") == 4
+    monkeypatch.setattr(data, "CACHE_VERSION", -1)
+    assert build("a", "b") == 5
 
 
 def test_scenes_are_written_as_they_come():
@@ -672,6 +674,8 @@ def test_scenes_are_written_as_they_come():
         for i, block in enumerate(blocks(50)):
             part, = Path("cache").glob("part-*")
             assert part.stat().st_size >= 12_288 * (i - 1)
+            with open("cache/lock") as file:  # no other process may build it meanwhile
+                assert not data.fcntl or not data.lock(file)
             yield block
 
     data.cached("mine", Path(), [], watched(), 50)
@@ -777,11 +781,12 @@ def test_training_repeats_resumes_and_evaluates(capsys):
     assert same("whole", "parts")
     rows = log_of("whole")
     assert [row["step"] for row in rows] == list(range(1, 7))
-    assert "ari" in rows[2] and "ari" in rows[5]
+    assert "ari" in rows[2]
+    run("--eval whole")
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]).items() <= {**rows[-1], "num_iterations": 10}.items()
     run("--eval whole --num-slots 5")
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert "5 slots" in first
-    assert [json.loads(line)["num_iterations"] for line in lines] == list(range(1, 11))
+    assert "5 slots" in capsys.readouterr().out
 
 
 def test_it_says_how_long_it_takes_and_how_to_go_on(capsys, monkeypatch):
@@ -794,26 +799,28 @@ def test_it_says_how_long_it_takes_and_how_to_go_on(capsys, monkeypatch):
 
 
 def test_what_a_resumed_run_takes_from_where(monkeypatch):
-    run(f"{TINY} --steps 1 --muon none --clip 0.001 --out run")
+    run(f"{TINY} --steps 1 --muon none --clip 0.001 --threads 0 --out run")
     monkeypatch.setattr(train, "DEVICES", ["cuda", "cpu"])  # as on a machine with a GPU
     _, config, checkpoint = train.parse("--resume run --clip 0.5".split())
     assert (config.device, config.clip, config.slot_dim) == ("cpu", 0.5, 8)
-    means = [state["exp_avg"] for state in checkpoint["optimizers"][0]["state"].values()]
+    assert config.threads  # as many as were idle
+    adam, = checkpoint["optimizers"]
+    assert adam["param_groups"][0]["lr"] == 0  # the official step 0
+    means = [state["exp_avg"] for state in adam["state"].values()]
     norm = sum(mean.square().sum() for mean in means) ** 0.5
     assert_allclose(norm, 0.1 * 0.001, rtol=1e-3)  # the gradient was clipped
 
 
 def test_random_draws_stay_what_they_were():
     """Results depend on them."""
-    config = train.parse(f"{TINY} --accumulate 2 --seed 1".split())[1]
+    config = train.parse(f"{TINY} --seed 1".split())[1]
     scenes = train.load_scenes(config, "train")
-    a, b = train.micro_batches(3, config, scenes, "cpu")
+    batch, = train.micro_batches(3, config, scenes, "cpu")
     generator = torch.Generator()
     noise = torch.randn(8, 4, 8, generator=generator.manual_seed(1_000_003 + 3))
-    assert equal(torch.cat([a["noise"], b["noise"]]), noise)
+    assert equal(batch["noise"], noise)
     order = torch.randperm(16, generator=generator.manual_seed(1_000_003 + 1))
-    wanted = scenes.batch(order[8:])["image"]
-    assert equal(torch.cat([a["image"], b["image"]]), wanted)
+    assert equal(batch["image"], scenes.batch(order[8:])["image"])
 
 
 @contextlib.contextmanager
@@ -927,23 +934,22 @@ def test_muon_makes_every_direction_equally_fast():
     muon = optimizers[2]
     muon.param_groups[0]["lr"] = 0.001
     for parameter in hidden:
-        old = parameter.detach().clone()
+        parameter.data.zero_()
         parameter.grad = torch.randn_like(parameter)
         muon.step()
         parameter.grad = None
-        update = (parameter.detach() - old).flatten(1)
+        update = parameter.detach().flatten(1)
         scale = 0.01 * max(1, update.shape[0] / update.shape[1]) ** 0.5
         values = torch.linalg.svdvals(update) / scale
         assert 0.5 < values.quantile(0.1) and values.max() < 1.3  # the smallest take longer
 
 
-@parametrize("muon", ["none", "all"])
-def test_a_layer_without_gradient_may_train(muon, monkeypatch):
+def test_a_layer_without_gradient_may_train(monkeypatch):
     def constant(encoder, image):
         return torch.ones(len(image), np.prod(encoder.grid_size), 8)
 
     monkeypatch.setattr(sa.Encoder, "forward", constant)
-    run(f"{TINY} --muon {muon} --out run")
+    run(f"{TINY} --muon all --out run")  # with Adam for the rest
 
 
 @parametrize("share, progress, loss", [
@@ -960,12 +966,17 @@ def test_slot_loss_leaves_each_pixel_to_one_slot(share, progress, loss):
     assert_close(ours.item(), loss)
 
 
+NOT_IN_THE_PAPER = ("--no-implicit --no-learned-queries --train-iterations 0 --query-scale 1 "
+                    "--decoder-kernel 5 --pixel-shuffle 1 --clip 0 --muon none --slot-loss 0")
+
+
 def test_every_recipe_makes_a_model_and_has_a_folder_of_its_own():
-    for name in ("", "clevr_like-set_prediction-small", *train.RECIPES):
+    for name in ("", *train.RECIPES):
         flags = name.replace("-small", " --small").replace("-set", " --task set")
         args, config, _ = train.parse(f"--data {flags}".split() if name else [])
         assert args.out == Path("runs", name or "demo")
-        assert not config.compile
+        if name and "small" not in name:
+            assert config == train.parse(f"--data {flags} {NOT_IN_THE_PAPER}".split())[1]
         model = train.build_model(config, "cpu")
         image = torch.zeros(1, 3, config.resolution, config.resolution)
         assert model(image)[0].isfinite().all()
@@ -1172,8 +1183,6 @@ def test_no_file_runs_code(refused, monkeypatch):
     for name in ("new.pt", "old.pt", "pickle.pt"):
         assert name in refused(name, visualize.main)
     assert not Path("evil").exists()
-    pickle.loads(Path("pickle.pt").read_bytes())
-    assert Path("evil").exists()  # the danger is real
     # PIL gives PostScript to a program:
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: os.mkdir("ran"))
     Image.new("RGB", (50, 40)).save("photo.png", format="EPS")
@@ -1181,7 +1190,7 @@ def test_no_file_runs_code(refused, monkeypatch):
     assert not Path("ran").exists()
     with pytest.raises(Exception):
         Image.open("photo.png").load()
-    assert Path("ran").exists()  # this danger, too
+    assert Path("ran").exists()  # the danger is real
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
