@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -446,8 +445,6 @@ def read_tf_checkpoint(prefix):
     with reading(f"{prefix}.index"):
         index = Path(f"{prefix}.index").read_bytes()
         data = Path(f"{prefix}.data-00000-of-00001").read_bytes()
-        if index[-8:] != bytes.fromhex("57fb808b247547db"):
-            raise ValueError("it does not end as a table does")
         footer = index[-48:]
         for _ in range(2):  # the place of the metaindex, an offset and a size: nobody needs it
             _, footer = varint(footer)
@@ -544,16 +541,15 @@ def cached(name, root, sources, scenes, total):
     files = [(os.path.relpath(path, sources[0]), path.stat().st_size, path.stat().st_mtime_ns)
              for path in sources]
     key = hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()[:8]
-    paths = [folder / f"{name}-{key}.zip" for folder in (root / "cache", Path("data/cache"))]
-    for path in paths:
+    for folder in (root / "cache", Path("data/cache")):
+        path = folder / f"{name}-{key}.zip"
         if path.exists():
             return read_cache(path)
-    for path in paths:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path.parent / "lock", "w")
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / "lock", "w")
         except OSError as error:
-            say(f"{path.parent} cannot be written: {error}")
+            say(f"{folder} cannot be written: {error}")
             continue
         with file:
             lock(file, wait=True)
@@ -567,7 +563,6 @@ def write_cache(path, scenes, total):
     """Writes blocks of scenes as they come: the member "records" of a zip file, not compressed."""
     say(f"building {path}, once, of about {total:,} scenes")
     objects = []
-    begin = time.monotonic()
     with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("records", "w", force_zip64=True) as stream:
             start = file.tell()
@@ -578,14 +573,12 @@ def write_cache(path, scenes, total):
                 for key, array in block.items():
                     records[key] = array
                 stream.write(records.tobytes())
-                rate = len(objects) / (time.monotonic() - begin)
-                left = duration(max(0, total - len(objects)) / rate)
-                say(f"{len(objects):,} scenes, {rate:,.0f} a second, {left} left", renew=True)
+                say(f"{len(objects):,} of about {total:,} scenes", renew=True)
         if not objects:
             raise InputError(f"there is no scene to build {path} from")
         about = {"start": start, "fields": fields, "objects": objects}
         archive.writestr("about.json", json.dumps(about))
-    say(f"built {path}: {len(objects):,} scenes in {duration(time.monotonic() - begin)}")
+    say(f"built {path}: {len(objects):,} scenes")
 
 
 @functools.lru_cache  # its checksums are verified once in a run
@@ -777,7 +770,7 @@ TETROMINO_COLORS = np.loadtxt("""
     1 1 0
     1 0 1
     0 1 1
-""".splitlines(), int)
+""".splitlines(), np.uint8)
 
 
 def make_tetrominoes(count, seed):
@@ -785,8 +778,8 @@ def make_tetrominoes(count, seed):
 
     Three pieces, of 19 orientations and six colours, stand at any pixel where they lie inside
     35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
-    image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1; shape (1 to 19), x, y (left and top
-    pixel), visibility (1: all are there) [n, 4]; color [n, 4, 3] (RGB, 0/1). Background first.
+    image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1, background first; visibility [n, 4]
+    (1: all are there).
     """
     rng = np.random.default_rng(seed)
     piece = np.empty((count, 3), int)
@@ -799,17 +792,12 @@ def make_tetrominoes(count, seed):
         todo = todo[covered.sum((1, 2)) < 300]  # fewer than the pixels of three pieces
     label = draw_tetrominoes(piece, corner, [[1], [2], [3]])
     light = draw_tetrominoes(piece, corner, TETROMINO_LIGHT[piece])
-    factors = background_first(
-        shape=piece + 1,
-        color=rng.choice(TETROMINO_COLORS, (count, 3)),
-        x=corner[..., 1],
-        y=corner[..., 0],
-    )
+    color = rng.choice(TETROMINO_COLORS, (count, 3))
+    palette = np.insert(color, 0, 0, 1)                                         # [n, 4, 3]
     return {
-        "image": light[..., None] * paint(np.uint8(factors["color"]), label),
+        "image": light[..., None] * paint(palette, label),
         "mask": one_hot(label, 4),
         "visibility": np.ones((count, 4)),
-        **factors,
     }
 
 
@@ -831,17 +819,6 @@ def paint(palette, label):
     return palette[np.arange(len(label))[:, None, None], label]
 
 
-def background_first(there=1, **factors):
-    """Returns factors [n, E, ...] after those of the background, which are 0: [n, 1 + E, ...].
-
-    there [n, 1 + E]: 0 where they are 0, too.
-    """
-    return {
-        key: np.insert(values, 0, 0, 1) * there
-        for key, values in factors.items()
-    }
-
-
 def one_hot(label, entities):
     """Returns masks [n, E, H, W] uint8 0/1 of labels [n, H, W]."""
     return np.uint8(label[:, None] == np.arange(entities)[:, None, None])
@@ -852,8 +829,7 @@ def make_multi_dsprites(count, seed):
 
     2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions), the later over the earlier, on
     grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; mask
-    [n, 6, 64, 64] uint8 0/1; shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians),
-    x, y (0 to 1), visibility [n, 6]; color [n, 6, 3]. Background first, zeros as padding.
+    [n, 6, 64, 64] uint8 0/1, background first; visibility [n, 6] (1: is there).
     """
     rng = np.random.default_rng(seed)
     there = np.arange(6) <= rng.integers(2, 6, (count, 1))                      # [n, 6]
@@ -887,15 +863,6 @@ def make_multi_dsprites(count, seed):
         "image": paint(np.uint8((palette * 255).round()), label),
         "mask": one_hot(label, 6),
         "visibility": there.astype(float),
-        "color": palette * there[..., None],
-        **background_first(
-            there,
-            shape=shape + 1,
-            scale=scale,
-            orientation=orientation,
-            x=col / 31,
-            y=row / 31,
-        ),
     }
 
 
@@ -936,10 +903,9 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
 
     Scene i depends on seed, numbers of objects and i, not on count. crop: the central square, in
     which objects may be cut or missing, as object discovery sees them; else the whole frame, made
-    square. image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1; target [n, 10, 19], see
-    clevr_target; x, y, z (3d_coords), rotation (0 to 360; drawn as if in radians, as CLEVR does),
-    visibility (1: is there), size, material, shape, color (as in CLEVR_CODES) [n, 11]. Background
-    first, zeros as padding. Raises InputError if not 1 <= min_objects <= max_objects <= 10.
+    square. image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1, background first; visibility
+    [n, 11] (1: is there); target [n, 10, 19], see clevr_target. Raises InputError if not
+    1 <= min_objects <= max_objects <= 10.
     """
     if not 1 <= min_objects <= max_objects <= 10:
         raise InputError("synthetic CLEVR needs 1 <= min_objects <= max_objects <= 10, not "
@@ -954,8 +920,8 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
         scenes.append({
             "image": image,
             "mask": one_hot(entity[None], 11)[0],
+            "visibility": np.float32(np.arange(11) <= number),
             "target": clevr_target(factors),
-            **factors,
         })
     return {
         key: np.stack([scene[key] for scene in scenes])
@@ -970,8 +936,7 @@ def draw_clevr_scene(rng, number):
     """
     camera = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3)
     lamps = CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
-    axes = camera_axes(camera)
-    x, y, _ = axes[0]
+    x, y, _ = camera_axes(camera)[0]
     aside_and_ahead = [[x, -y], [y, x]]
     factors = {
         key: rng.integers(1, len(names) + 1, number, np.uint8)
@@ -991,13 +956,12 @@ def draw_clevr_scene(rng, number):
         place[i] = fitting[0]
     factors["x"], factors["y"] = place.T
     factors["z"] = size
-    factors["rotation"] = np.float32(rng.uniform(0, 360, number))
+    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # taken as radians, as there
     factors = {
         key: np.pad(values, (1, 10 - number))
         for key, values in factors.items()
     }
-    scene = ClevrScene(camera, axes, lamps, **factors)
-    factors["visibility"] = np.float32(np.arange(11) <= number)
+    scene = ClevrScene(camera, lamps, **factors)
     pixel = pixel_centers(CLEVR_FRAME, 40, 60)  # a ray for 32 pixels
     before, _ = scene.intersect(*scene.camera_rays(pixel))
     before[:, 0] = 100  # the ground, behind all objects
@@ -1015,11 +979,10 @@ def camera_axes(camera):
     return np.stack([right, np.cross(ahead, right), ahead])
 
 
-def project(points, camera=CLEVR_CAMERA):
-    """Returns column and row (in the 480 x 320 frame) and depth of 3d_coords [..., 3]: [..., 3]."""
-    view = (points - camera) @ camera_axes(camera).T
-    view[..., :2] = view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160)
-    return view
+def project(points):
+    """Returns column and row (in the 480 x 320 frame) of 3d_coords [..., 3]: [..., 2]."""
+    view = (points - CLEVR_CAMERA) @ camera_axes(CLEVR_CAMERA).T
+    return view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160)
 
 
 def pixel_centers(window, rows, columns):
@@ -1043,8 +1006,7 @@ def transform(matrix, vector):
 class ClevrScene:
     """One scene, and what R rays see in it. Its E entities: the ground, objects, and padding."""
 
-    def __init__(self, camera, axes, lamps,
-                 x, y, z, rotation, size, material, shape, color):
+    def __init__(self, camera, lamps, x, y, z, rotation, size, material, shape, color):
         size = CLEVR_SIZES[size]
         cos = np.cos(rotation)
         sin = np.sin(rotation)
@@ -1056,7 +1018,7 @@ class ClevrScene:
         ])
         arrays = {
             "camera": camera,
-            "axes": axes,
+            "axes": camera_axes(camera),
             "lamps": lamps,
             "power": CLEVR_POWER,
             "albedo": CLEVR_COLORS[color] / 255,                                # [E, 3]
