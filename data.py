@@ -110,9 +110,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     root = Path(root)
     stem, total, train_count, native = FILES.get(name, (None, None, None, 128))
     resolution = resolution or native
-    source = None
-    if stem:
-        source = find(root, f"{stem}.tfrecords")
+    source = stem and find(root, f"{stem}.tfrecords")
     if name == "clevr" and not source:
         source = find(root, "CLEVR_v1.0")
     if name not in FILES:
@@ -183,10 +181,9 @@ def folder_arrays(folder, root, resolution, masks=None):
     if others:
         say(f"{len(others)} other files left out: {', '.join(path.name for path in others[:5])}")
     mask_of = {}
-    for path in files if masks else []:
-        mask_of[path] = (masks / path.relative_to(folder)).with_suffix(".png")
-        if not mask_of[path].exists():
-            raise InputError(f"{path} has no mask {mask_of[path]}")
+    if masks:
+        for path in files:
+            mask_of[path] = (masks / path.relative_to(folder)).with_suffix(".png")
 
     def read(path):
         picture = read_picture(path)
@@ -198,8 +195,8 @@ def folder_arrays(folder, root, resolution, masks=None):
         return block
 
     sources = [*files, *mask_of.values()]
-    arrays = cached(f"{folder.name}-{resolution}", root, sources, on_all_cores(read, files),
-                    len(files))
+    blocks = on_all_cores(read, files)
+    arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks, len(files))
     if masks and not arrays["objects"].any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
                          "background, 255 is left out)")
@@ -293,8 +290,8 @@ def clevr_v1_scenes(folder, resolution, crop):
                 objects = scene["objects"]
                 factors = {key: np.array([names.index(o[key]) + 1 for o in objects], int)
                            for key, names in CLEVR_CODES.items()}
-                coords = np.reshape([o["3d_coords"] for o in objects], (-1, 3))
-                factors.update(x=coords[:, 0], y=coords[:, 1], z=coords[:, 2])
+                coords = np.transpose([o["3d_coords"] for o in objects])
+                factors["x"], factors["y"], factors["z"] = coords
                 jobs.append((path, clevr_target(factors)))
 
     def read(job):
@@ -538,8 +535,11 @@ def cached(name, root, sources, scenes, total):
     nothing can be written there, in data/cache. Of several processes one builds it.
     """
     sources = sorted(sources)
-    files = [(os.path.relpath(path, sources[0]), path.stat().st_size, path.stat().st_mtime_ns)
-             for path in sources]
+    files = []
+    for path in sources:
+        with reading(path):
+            stat = path.stat()
+        files.append((os.path.relpath(path, sources[0]), stat.st_size, stat.st_mtime_ns))
     key = hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()[:8]
     for folder in (root / "cache", Path("data/cache")):
         path = folder / f"{name}-{key}.zip"
@@ -569,9 +569,7 @@ def write_cache(path, scenes, total):
             for block in scenes:
                 objects += block.pop("objects")
                 fields = [(key, array.dtype.str, array.shape[1:]) for key, array in block.items()]
-                records = np.empty(len(block["image"]), fields)  # a scene's arrays side by side
-                for key, array in block.items():
-                    records[key] = array
+                records = np.rec.fromarrays([*block.values()], fields)  # a scene's side by side
                 stream.write(records.tobytes())
                 say(f"{len(objects):,} of about {total:,} scenes", renew=True)
         if not objects:
@@ -870,7 +868,7 @@ def make_multi_dsprites(count, seed):
 
 # By code; 0 is no object. A size is a radius, half a height, half a side; a color linear albedo.
 CLEVR_SIZES = np.float32([1, 0.7, 0.35])
-CLEVR_COLORS = 255 * to_rgba_array(
+CLEVR_COLORS = to_rgba_array(
     "#ffffff #ad2323 #29d0d0 #1d6914 #2a4bd7 #814a19 #575757 #8126c0 #ffee33".split())[:, :3]
 # A solid of size 1 has six limits: |ball * point| <= 1, and on each axis |box * point| <= 1 (0: no
 # limit). By shape: the ground, sphere, cylinder, cube, whose corners a ball of radius 1.61 cuts
@@ -1021,7 +1019,7 @@ class ClevrScene:
             "axes": camera_axes(camera),
             "lamps": lamps,
             "power": CLEVR_POWER,
-            "albedo": CLEVR_COLORS[color] / 255,                                # [E, 3]
+            "albedo": CLEVR_COLORS[color],                                      # [E, 3]
             "metal": material == 2,                                             # [E]
             "center": np.column_stack([x, y, z]),                               # [E, 3]
             "reach": CLEVR_SOLIDS[6, shape] * size ** 2,                        # [E]
