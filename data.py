@@ -729,12 +729,8 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         seed = (1 if split == "train" else 2), start
         number = min(size, count - start)
         scenes = make_scenes(number, seed, *options)
-        visible = np.count_nonzero(scenes["visibility"], 1)
-        return {
-            **{key: scenes[key] for key in ("image", "target") if key in scenes},
-            "label": np.uint8(scenes["mask"].argmax(1)),
-            "objects": (visible - 1).tolist(),
-        }
+        visible = np.count_nonzero(scenes.pop("visibility"), 1)
+        return {**scenes, "objects": (visible - 1).tolist()}
 
     blocks = on_all_cores(make, range(0, count, size))
     return cached(cache, root, [], blocks, count)
@@ -776,8 +772,8 @@ def make_tetrominoes(count, seed):
 
     Three pieces, of 19 orientations and six colours, stand at any pixel where they lie inside
     35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
-    image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1, background first; visibility [n, 4]
-    (1: all are there).
+    image [n, 35, 35, 3] uint8; label [n, 35, 35] uint8, 0 = background, 1 to 3; visibility [n, 4]
+    (1: all are there), background first.
     """
     rng = np.random.default_rng(seed)
     piece = np.empty((count, 3), int)
@@ -794,7 +790,7 @@ def make_tetrominoes(count, seed):
     palette = np.insert(color, 0, 0, 1)                                         # [n, 4, 3]
     return {
         "image": light[..., None] * paint(palette, label),
-        "mask": one_hot(label, 4),
+        "label": label,
         "visibility": np.ones((count, 4)),
     }
 
@@ -817,17 +813,12 @@ def paint(palette, label):
     return palette[np.arange(len(label))[:, None, None], label]
 
 
-def one_hot(label, entities):
-    """Returns masks [n, E, H, W] uint8 0/1 of labels [n, H, W]."""
-    return np.uint8(label[:, None] == np.arange(entities)[:, None, None])
-
-
 def make_multi_dsprites(count, seed):
     """Returns scenes after DeepMind's Multi-dSprites, colored_on_grayscale, as a dict of arrays.
 
     2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions), the later over the earlier, on
-    grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; mask
-    [n, 6, 64, 64] uint8 0/1, background first; visibility [n, 6] (1: is there).
+    grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; label
+    [n, 64, 64] uint8, 0 = background, 1 to 5; visibility [n, 6] (1: is there), background first.
     """
     rng = np.random.default_rng(seed)
     there = np.arange(6) <= rng.integers(2, 6, (count, 1))                      # [n, 6]
@@ -859,7 +850,7 @@ def make_multi_dsprites(count, seed):
         label[i] = (inside * np.arange(1, 6)).max(2)  # the later over the earlier
     return {
         "image": paint(np.uint8((palette * 255).round()), label),
-        "mask": one_hot(label, 6),
+        "label": label,
         "visibility": there.astype(float),
     }
 
@@ -901,9 +892,9 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
 
     Scene i depends on seed, numbers of objects and i, not on count. crop: the central square, in
     which objects may be cut or missing, as object discovery sees them; else the whole frame, made
-    square. image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1, background first; visibility
-    [n, 11] (1: is there); target [n, 10, 19], see clevr_target. Raises InputError if not
-    1 <= min_objects <= max_objects <= 10.
+    square. image [n, H, W, 3] uint8; label [n, H, W] uint8, 0 = background, 1 to 10; visibility
+    [n, 11] (1: is there), background first; target [n, 10, 19], see clevr_target. Raises InputError
+    if not 1 <= min_objects <= max_objects <= 10.
     """
     if not 1 <= min_objects <= max_objects <= 10:
         raise InputError("synthetic CLEVR needs 1 <= min_objects <= max_objects <= 10, not "
@@ -914,10 +905,10 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
         rng = np.random.default_rng(np.append(seed, i))
         number = rng.integers(min_objects, max_objects + 1)
         factors, scene = draw_clevr_scene(rng, number)
-        image, entity = scene.render(window, resolution)
+        image, label = scene.render(window, resolution)
         scenes.append({
             "image": image,
-            "mask": one_hot(entity[None], 11)[0],
+            "label": label,
             "visibility": np.float32(np.arange(11) <= number),
             "target": clevr_target(factors),
         })
@@ -1112,7 +1103,7 @@ class ClevrScene:
         return self.albedo[entity] * light, entity
 
     def render(self, window, resolution):
-        """Returns image [H, W, 3] uint8 and entity [H, W] of a window of the frame."""
+        """Returns image [H, W, 3] and label [H, W], both uint8, of a window of the frame."""
         pixel = pixel_centers(window, resolution, resolution)
         color, entity = self.shade(*self.camera_rays(pixel))
         picture = color.clamp(max=1) ** (1 / 2.2)
@@ -1132,4 +1123,5 @@ class ClevrScene:
         color = color.clamp(max=1).view(-1, 3, 3).mean(1)
         picture[edge] = color ** (1 / 2.2)
         image = (255 * picture).round().byte()
-        return image.numpy(), entity.view(resolution, resolution).numpy()
+        label = entity.byte().view(resolution, resolution)
+        return image.numpy(), label.numpy()

@@ -486,17 +486,17 @@ def test_clevr_v1_is_read_and_trained_on(capsys):
 def test_generated_scenes_follow_the_rules(make, n, size, entities, least, most):
     scenes = make(n, 0)
     image = scenes["image"]
-    mask = scenes["mask"]
-    assert image.shape == (n, size, size, 3) and mask.shape == (n, entities, size, size)
-    assert_array_equal(mask.sum(1), 1)
-    assert (mask.any((2, 3)) <= scenes["visibility"]).all()
+    label = scenes["label"]
+    assert image.shape == (n, size, size, 3) and label.shape == (n, size, size)
+    seen = (label[..., None] == np.arange(entities)).any((1, 2))
+    assert label.max() < entities and (seen <= scenes["visibility"]).all()
     assert {*scenes["visibility"].sum(1)} <= {*range(least + 1, most + 2)}
     assert equal(make(n, 0), scenes) and not equal(make(n, 1)["image"], image)
 
 
 def test_tetrominoes_are_whole_and_anywhere():
     scenes = data.make_tetrominoes(2000, 0)
-    pieces = scenes["mask"][:, 1:]
+    pieces = scenes["label"][:, None] == np.arange(1, 4)[:, None, None]
     assert_array_equal(pieces.sum((2, 3)), 100)  # none over another
     assert_array_equal(scenes["image"].any(3), pieces.any(1))
     assert {*pieces.any(3).argmax(2).flat} == {*range(31)}  # any pixel, no grid
@@ -512,7 +512,7 @@ def test_clevr_like_scenes_obey_clevrs_generator():
     distance = np.linalg.norm(place[:, :, None] - place[:, None], axis=3)
     gap = distance - radius[:, :, None] - radius[:, None]
     assert 0.25 <= (gap + 9 * np.eye(8)).min() < 0.5
-    seen = scenes["mask"][:, 1:9].mean((2, 3)).min()
+    seen = (scenes["label"][..., None] == np.arange(9)).mean((1, 2)).min()
     assert seen * 320 * 240 > 100  # 200, decided on a coarser map
 
 
@@ -988,8 +988,7 @@ def score(file, scenes):
     ("set_prediction", lambda: data.make_clevr_like(16, 12345, crop=False), "ap_inf", 0.7)])
 def test_shipped_weights_take_scenes_apart_that_they_never_saw(file, make, metric, least):
     made = make()
-    label = made["mask"].argmax(1).astype(np.uint8)
-    scenes = data.Scenes(made["image"], label, made.get("target"))
+    scenes = data.Scenes(made["image"], made["label"], made.get("target"))
     assert score(file, scenes)[metric] > least
 
 
