@@ -423,10 +423,10 @@ def parse_example(record):
         name = bytes(entry[1][0]).decode()
         feature = protobuf(entry[2][0])
         if 1 in feature:  # a BytesList of single bytes, each a message: field 1, length 1, the byte
-            array = np.frombuffer(feature[1][0], np.uint8).reshape(-1, 3)
-            if (array[:, 0] != 10).any() or (array[:, 1] != 1).any():
+            field, length, byte = np.frombuffer(feature[1][0], np.uint8).reshape(-1, 3).T
+            if (field != 10).any() or (length != 1).any():
                 raise ValueError("its byte strings are not single bytes")
-            scene[name] = array[:, 2]
+            scene[name] = byte
         else:
             floats = protobuf(feature[2][0])[1][0]
             scene[name] = np.frombuffer(floats, "<f4")

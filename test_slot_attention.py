@@ -502,6 +502,15 @@ def test_tetrominoes_are_whole_and_anywhere():
     assert {*pieces.any(3).argmax(2).flat} == {*range(31)}  # any pixel, no grid
 
 
+def test_multi_dsprites_are_plain_on_grey_and_inside():
+    scenes = data.make_multi_dsprites(50, 0)
+    for image, label in zip(scenes["image"], scenes["label"]):
+        colors = np.unique(np.dstack([label, image]).reshape(-1, 4), axis=0)
+        assert_array_equal(colors[:, 0], np.unique(label))  # one of each
+        assert len({*colors[0, 1:]}) == 1
+    assert not scenes["label"][:, [0, -1]].any()
+
+
 def test_clevr_like_scenes_obey_clevrs_generator():
     scenes = data.make_clevr_like(12, 0, resolution=96, min_objects=8, max_objects=8, crop=False)
     target = scenes["target"][:, :8]
