@@ -181,21 +181,22 @@ def folder_arrays(folder, root, resolution, masks=None):
                          f"and no folder with pictures ({' '.join(PICTURES)})")
     if others:
         say(f"{len(others)} other files left out: {', '.join(path.name for path in others[:5])}")
-    mask_of = {}
-    if masks:
-        for path in files:
-            mask_of[path] = (masks / path.relative_to(folder)).with_suffix(".png")
+
+    def mask_of(path):
+        return (masks / path.relative_to(folder)).with_suffix(".png")
 
     def read(path):
         picture = read_picture(path)
         block = {"image": square(picture, resolution)[None], "objects": [0]}
         if masks:
-            label = read_mask(mask_of[path], picture.size)
+            label = read_mask(mask_of(path), picture.size)
             block["label"] = resize_labels(label, resolution)[None]
             block["objects"] = [len(np.setdiff1d(label, (0, 255)))]
         return block
 
-    sources = [*files, *mask_of.values()]
+    sources = [*files]
+    if masks:
+        sources += map(mask_of, files)
     blocks = on_all_cores(read, files)
     arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks, len(files))
     if masks and not arrays["objects"].any():
@@ -303,7 +304,7 @@ def clevr_v1_scenes(folder, resolution, crop):
         image = resize(picture, resolution)
         return {"image": image[None], "target": target[None], "objects": [int(target[:, 18].sum())]}
 
-    return on_all_cores(read, jobs)
+    yield from on_all_cores(read, jobs)  # lazily: with a cache, not even the JSON is read
 
 
 def cropped(picture, crop):
