@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import time
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -111,9 +110,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     root = Path(root)
     stem, total, train_count, native = FILES.get(name, (None, None, None, 128))
     resolution = resolution or native
-    source = None
-    if stem:
-        source = find(root, f"{stem}.tfrecords")
+    source = stem and find(root, f"{stem}.tfrecords")
     if name == "clevr" and not source:
         source = find(root, "CLEVR_v1.0")
     if name not in FILES:
@@ -159,7 +156,8 @@ def split_index(n, split, train_count):
     Of a file with no more than train_count scenes, the last fifth evaluates.
     """
     border = train_count if n > train_count else n - max(1, n // 5)
-    return np.arange(border) if split == "train" else np.arange(border, n)
+    scenes = np.arange(n)
+    return scenes[:border] if split == "train" else scenes[border:]
 
 
 # --- A folder of pictures -----------------------------------------------------------------------
@@ -183,24 +181,24 @@ def folder_arrays(folder, root, resolution, masks=None):
                          f"and no folder with pictures ({' '.join(PICTURES)})")
     if others:
         say(f"{len(others)} other files left out: {', '.join(path.name for path in others[:5])}")
-    mask_of = {}
-    for path in files if masks else []:
-        mask_of[path] = (masks / path.relative_to(folder)).with_suffix(".png")
-        if not mask_of[path].exists():
-            raise InputError(f"{path} has no mask {mask_of[path]}")
+
+    def mask_of(path):
+        return (masks / path.relative_to(folder)).with_suffix(".png")
 
     def read(path):
         picture = read_picture(path)
         block = {"image": square(picture, resolution)[None], "objects": [0]}
         if masks:
-            label = read_mask(mask_of[path], picture.size)
+            label = read_mask(mask_of(path), picture.size)
             block["label"] = resize_labels(label, resolution)[None]
             block["objects"] = [len(np.setdiff1d(label, (0, 255)))]
         return block
 
-    sources = [*files, *mask_of.values()]
-    arrays = cached(f"{folder.name}-{resolution}", root, sources, on_all_cores(read, files),
-                    len(files))
+    sources = [*files]
+    if masks:
+        sources += map(mask_of, files)
+    blocks = on_all_cores(read, files)
+    arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks, len(files))
     if masks and not arrays["objects"].any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
                          "background, 255 is left out)")
@@ -229,7 +227,7 @@ def read_picture(path):
 def square(picture, resolution):
     """Returns the central square of a PIL image, antialiased: [resolution, resolution, 3] uint8."""
     picture = center_crop(picture, min(picture.size))
-    return np.array(resize_antialiased(picture, [resolution, resolution]))
+    return np.array(resize_antialiased(picture, resolution))
 
 
 def read_mask(path, size):
@@ -294,8 +292,8 @@ def clevr_v1_scenes(folder, resolution, crop):
                 objects = scene["objects"]
                 factors = {key: np.array([names.index(o[key]) + 1 for o in objects], int)
                            for key, names in CLEVR_CODES.items()}
-                coords = np.reshape([o["3d_coords"] for o in objects], (-1, 3))
-                factors.update(x=coords[:, 0], y=coords[:, 1], z=coords[:, 2])
+                coords = np.transpose([o["3d_coords"] for o in objects])
+                factors["x"], factors["y"], factors["z"] = coords
                 jobs.append((path, clevr_target(factors)))
 
     def read(job):
@@ -306,7 +304,7 @@ def clevr_v1_scenes(folder, resolution, crop):
         image = resize(picture, resolution)
         return {"image": image[None], "target": target[None], "objects": [int(target[:, 18].sum())]}
 
-    return on_all_cores(read, jobs)
+    yield from on_all_cores(read, jobs)  # lazily: with a cache, not even the JSON is read
 
 
 def cropped(picture, crop):
@@ -322,8 +320,8 @@ def cropped(picture, crop):
 
 def resize(picture, resolution):
     """Resizes [H, W, 3] uint8 as the official code does: bilinear, without antialiasing."""
-    x = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
-    x = F.interpolate(x, (resolution, resolution), mode="bilinear")[0]
+    x = torch.tensor(picture).permute(2, 0, 1)[None].float()
+    x = F.interpolate(x, resolution, mode="bilinear")[0]
     return x.permute(1, 2, 0).round().byte().numpy()
 
 
@@ -426,10 +424,10 @@ def parse_example(record):
         name = bytes(entry[1][0]).decode()
         feature = protobuf(entry[2][0])
         if 1 in feature:  # a BytesList of single bytes, each a message: field 1, length 1, the byte
-            array = np.frombuffer(feature[1][0], np.uint8).reshape(-1, 3)
-            if (array[:, 0] != 10).any() or (array[:, 1] != 1).any():
+            field, length, byte = np.frombuffer(feature[1][0], np.uint8).reshape(-1, 3).T
+            if (field != 10).any() or (length != 1).any():
                 raise ValueError("its byte strings are not single bytes")
-            scene[name] = array[:, 2]
+            scene[name] = byte
         else:
             floats = protobuf(feature[2][0])[1][0]
             scene[name] = np.frombuffer(floats, "<f4")
@@ -443,11 +441,10 @@ def read_tf_checkpoint(prefix):
     which say where in PREFIX.data-00000-of-00001 each array lies. Raises InputError.
     """
     arrays = {}
-    with reading(f"{prefix}.index"):
-        index = Path(f"{prefix}.index").read_bytes()
+    path = Path(f"{prefix}.index")
+    with reading(path):
+        index = path.read_bytes()
         data = Path(f"{prefix}.data-00000-of-00001").read_bytes()
-        if index[-8:] != bytes.fromhex("57fb808b247547db"):
-            raise ValueError("it does not end as a table does")
         footer = index[-48:]
         for _ in range(2):  # the place of the metaindex, an offset and a size: nobody needs it
             _, footer = varint(footer)
@@ -471,7 +468,7 @@ def table_block(table, place):
     end = offset + size + 1
     block = checked(table[offset:end], table[end:end + 4])
     restarts = int.from_bytes(block[-5:-1], "little")
-    block = block[:len(block) - 5 - 4 * restarts]
+    block = block[:-5 - 4 * restarts]
     key = b""
     while block:
         shared, block = varint(block)  # bytes of the key that are as in the key before
@@ -541,19 +538,21 @@ def cached(name, root, sources, scenes, total):
     nothing can be written there, in data/cache. Of several processes one builds it.
     """
     sources = sorted(sources)
-    files = [(os.path.relpath(path, sources[0]), path.stat().st_size, path.stat().st_mtime_ns)
-             for path in sources]
+    files = []
+    for path in sources:
+        with reading(path):
+            stat = path.stat()
+        files.append((os.path.relpath(path, sources[0]), stat.st_size, stat.st_mtime_ns))
     key = hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()[:8]
-    paths = [folder / f"{name}-{key}.zip" for folder in (root / "cache", Path("data/cache"))]
-    for path in paths:
+    for folder in (root / "cache", Path("data/cache")):
+        path = folder / f"{name}-{key}.zip"
         if path.exists():
             return read_cache(path)
-    for path in paths:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path.parent / "lock", "w")
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / "lock", "w")
         except OSError as error:
-            say(f"{path.parent} cannot be written: {error}")
+            say(f"{folder} cannot be written: {error}")
             continue
         with file:
             lock(file, wait=True)
@@ -567,25 +566,20 @@ def write_cache(path, scenes, total):
     """Writes blocks of scenes as they come: the member "records" of a zip file, not compressed."""
     say(f"building {path}, once, of about {total:,} scenes")
     objects = []
-    begin = time.monotonic()
     with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("records", "w", force_zip64=True) as stream:
             start = file.tell()
             for block in scenes:
                 objects += block.pop("objects")
                 fields = [(key, array.dtype.str, array.shape[1:]) for key, array in block.items()]
-                records = np.empty(len(block["image"]), fields)  # a scene's arrays side by side
-                for key, array in block.items():
-                    records[key] = array
+                records = np.rec.fromarrays([*block.values()], fields)  # a scene's side by side
                 stream.write(records.tobytes())
-                rate = len(objects) / (time.monotonic() - begin)
-                left = duration(max(0, total - len(objects)) / rate)
-                say(f"{len(objects):,} scenes, {rate:,.0f} a second, {left} left", renew=True)
+                say(f"{len(objects):,} of about {total:,} scenes", renew=True)
         if not objects:
             raise InputError(f"there is no scene to build {path} from")
         about = {"start": start, "fields": fields, "objects": objects}
         archive.writestr("about.json", json.dumps(about))
-    say(f"built {path}: {len(objects):,} scenes in {duration(time.monotonic() - begin)}")
+    say(f"built {path}: {len(objects):,} scenes")
 
 
 @functools.lru_cache  # its checksums are verified once in a run
@@ -721,11 +715,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         cache += f"-{resolution}-{crop}-{min_objects}-{max_objects}"
         make_scenes = make_clevr_like
         size = 32  # of a block of scenes
-        options = (
-            resolution,
-            max(min_objects, 3),
-            max_objects,
-            crop != "none")
+        options = resolution, max(min_objects, 3), max_objects, crop != "none"
     else:
         say(f"no {stem}.tfrecords in {root}/: {count:,} {split} scenes are generated by its rules")
         if resolution != native:
@@ -738,12 +728,8 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         seed = (1 if split == "train" else 2), start
         number = min(size, count - start)
         scenes = make_scenes(number, seed, *options)
-        visible = np.count_nonzero(scenes["visibility"], 1)
-        return {
-            **{key: scenes[key] for key in ("image", "target") if key in scenes},
-            "label": np.uint8(scenes["mask"].argmax(1)),
-            "objects": (visible - 1).tolist(),
-        }
+        visible = np.count_nonzero(scenes.pop("visibility"), 1)
+        return {**scenes, "objects": (visible - 1).tolist()}
 
     blocks = on_all_cores(make, range(0, count, size))
     return cached(cache, root, [], blocks, count)
@@ -777,7 +763,7 @@ TETROMINO_COLORS = np.loadtxt("""
     1 1 0
     1 0 1
     0 1 1
-""".splitlines(), int)
+""".splitlines(), np.uint8)
 
 
 def make_tetrominoes(count, seed):
@@ -785,8 +771,8 @@ def make_tetrominoes(count, seed):
 
     Three pieces, of 19 orientations and six colours, stand at any pixel where they lie inside
     35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
-    image [n, 35, 35, 3] uint8; mask [n, 4, 35, 35] uint8 0/1; shape (1 to 19), x, y (left and top
-    pixel), visibility (1: all are there) [n, 4]; color [n, 4, 3] (RGB, 0/1). Background first.
+    image [n, 35, 35, 3] uint8; label [n, 35, 35] uint8, 0 = background, 1 to 3; visibility [n, 4]
+    (1: all are there), background first.
     """
     rng = np.random.default_rng(seed)
     piece = np.empty((count, 3), int)
@@ -799,17 +785,12 @@ def make_tetrominoes(count, seed):
         todo = todo[covered.sum((1, 2)) < 300]  # fewer than the pixels of three pieces
     label = draw_tetrominoes(piece, corner, [[1], [2], [3]])
     light = draw_tetrominoes(piece, corner, TETROMINO_LIGHT[piece])
-    factors = background_first(
-        shape=piece + 1,
-        color=rng.choice(TETROMINO_COLORS, (count, 3)),
-        x=corner[..., 1],
-        y=corner[..., 0],
-    )
+    color = rng.choice(TETROMINO_COLORS, (count, 3))
+    palette = np.insert(color, 0, 0, 1)                                         # [n, 4, 3]
     return {
-        "image": light[..., None] * paint(np.uint8(factors["color"]), label),
-        "mask": one_hot(label, 4),
+        "image": light[..., None] * paint(palette, label),
+        "label": label,
         "visibility": np.ones((count, 4)),
-        **factors,
     }
 
 
@@ -831,29 +812,12 @@ def paint(palette, label):
     return palette[np.arange(len(label))[:, None, None], label]
 
 
-def background_first(there=1, **factors):
-    """Returns factors [n, E, ...] after those of the background, which are 0: [n, 1 + E, ...].
-
-    there [n, 1 + E]: 0 where they are 0, too.
-    """
-    return {
-        key: np.insert(values, 0, 0, 1) * there
-        for key, values in factors.items()
-    }
-
-
-def one_hot(label, entities):
-    """Returns masks [n, E, H, W] uint8 0/1 of labels [n, H, W]."""
-    return np.uint8(label[:, None] == np.arange(entities)[:, None, None])
-
-
 def make_multi_dsprites(count, seed):
     """Returns scenes after DeepMind's Multi-dSprites, colored_on_grayscale, as a dict of arrays.
 
     2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions), the later over the earlier, on
-    grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; mask
-    [n, 6, 64, 64] uint8 0/1; shape (1 square, 2 ellipse, 3 heart), scale, orientation (radians),
-    x, y (0 to 1), visibility [n, 6]; color [n, 6, 3]. Background first, zeros as padding.
+    grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; label
+    [n, 64, 64] uint8, 0 = background, 1 to 5; visibility [n, 6] (1: is there), background first.
     """
     rng = np.random.default_rng(seed)
     there = np.arange(6) <= rng.integers(2, 6, (count, 1))                      # [n, 6]
@@ -885,17 +849,8 @@ def make_multi_dsprites(count, seed):
         label[i] = (inside * np.arange(1, 6)).max(2)  # the later over the earlier
     return {
         "image": paint(np.uint8((palette * 255).round()), label),
-        "mask": one_hot(label, 6),
+        "label": label,
         "visibility": there.astype(float),
-        "color": palette * there[..., None],
-        **background_first(
-            there,
-            shape=shape + 1,
-            scale=scale,
-            orientation=orientation,
-            x=col / 31,
-            y=row / 31,
-        ),
     }
 
 
@@ -903,7 +858,7 @@ def make_multi_dsprites(count, seed):
 
 # By code; 0 is no object. A size is a radius, half a height, half a side; a color linear albedo.
 CLEVR_SIZES = np.float32([1, 0.7, 0.35])
-CLEVR_COLORS = 255 * to_rgba_array(
+CLEVR_COLORS = to_rgba_array(
     "#ffffff #ad2323 #29d0d0 #1d6914 #2a4bd7 #814a19 #575757 #8126c0 #ffee33".split())[:, :3]
 # A solid of size 1 has six limits: |ball * point| <= 1, and on each axis |box * point| <= 1 (0: no
 # limit). By shape: the ground, sphere, cylinder, cube, whose corners a ball of radius 1.61 cuts
@@ -936,10 +891,9 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
 
     Scene i depends on seed, numbers of objects and i, not on count. crop: the central square, in
     which objects may be cut or missing, as object discovery sees them; else the whole frame, made
-    square. image [n, H, W, 3] uint8; mask [n, 11, H, W] uint8 0/1; target [n, 10, 19], see
-    clevr_target; x, y, z (3d_coords), rotation (0 to 360; drawn as if in radians, as CLEVR does),
-    visibility (1: is there), size, material, shape, color (as in CLEVR_CODES) [n, 11]. Background
-    first, zeros as padding. Raises InputError if not 1 <= min_objects <= max_objects <= 10.
+    square. image [n, H, W, 3] uint8; label [n, H, W] uint8, 0 = background, 1 to 10; visibility
+    [n, 11] (1: is there), background first; target [n, 10, 19], see clevr_target. Raises InputError
+    if not 1 <= min_objects <= max_objects <= 10.
     """
     if not 1 <= min_objects <= max_objects <= 10:
         raise InputError("synthetic CLEVR needs 1 <= min_objects <= max_objects <= 10, not "
@@ -950,12 +904,12 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
         rng = np.random.default_rng(np.append(seed, i))
         number = rng.integers(min_objects, max_objects + 1)
         factors, scene = draw_clevr_scene(rng, number)
-        image, entity = scene.render(window, resolution)
+        image, label = scene.render(window, resolution)
         scenes.append({
             "image": image,
-            "mask": one_hot(entity[None], 11)[0],
+            "label": label,
+            "visibility": np.float32(np.arange(11) <= number),
             "target": clevr_target(factors),
-            **factors,
         })
     return {
         key: np.stack([scene[key] for scene in scenes])
@@ -970,8 +924,7 @@ def draw_clevr_scene(rng, number):
     """
     camera = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3)
     lamps = CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
-    axes = camera_axes(camera)
-    x, y, _ = axes[0]
+    x, y, _ = camera_axes(camera)[0]
     aside_and_ahead = [[x, -y], [y, x]]
     factors = {
         key: rng.integers(1, len(names) + 1, number, np.uint8)
@@ -991,13 +944,12 @@ def draw_clevr_scene(rng, number):
         place[i] = fitting[0]
     factors["x"], factors["y"] = place.T
     factors["z"] = size
-    factors["rotation"] = np.float32(rng.uniform(0, 360, number))
+    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # taken as radians, as there
     factors = {
         key: np.pad(values, (1, 10 - number))
         for key, values in factors.items()
     }
-    scene = ClevrScene(camera, axes, lamps, **factors)
-    factors["visibility"] = np.float32(np.arange(11) <= number)
+    scene = ClevrScene(camera, lamps, **factors)
     pixel = pixel_centers(CLEVR_FRAME, 40, 60)  # a ray for 32 pixels
     before, _ = scene.intersect(*scene.camera_rays(pixel))
     before[:, 0] = 100  # the ground, behind all objects
@@ -1015,11 +967,10 @@ def camera_axes(camera):
     return np.stack([right, np.cross(ahead, right), ahead])
 
 
-def project(points, camera=CLEVR_CAMERA):
-    """Returns column and row (in the 480 x 320 frame) and depth of 3d_coords [..., 3]: [..., 3]."""
-    view = (points - camera) @ camera_axes(camera).T
-    view[..., :2] = view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160)
-    return view
+def project(points):
+    """Returns column and row (in the 480 x 320 frame) of 3d_coords [..., 3]: [..., 2]."""
+    view = (points - CLEVR_CAMERA) @ camera_axes(CLEVR_CAMERA).T
+    return view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160)
 
 
 def pixel_centers(window, rows, columns):
@@ -1043,8 +994,7 @@ def transform(matrix, vector):
 class ClevrScene:
     """One scene, and what R rays see in it. Its E entities: the ground, objects, and padding."""
 
-    def __init__(self, camera, axes, lamps,
-                 x, y, z, rotation, size, material, shape, color):
+    def __init__(self, camera, lamps, x, y, z, rotation, size, material, shape, color):
         size = CLEVR_SIZES[size]
         cos = np.cos(rotation)
         sin = np.sin(rotation)
@@ -1056,10 +1006,10 @@ class ClevrScene:
         ])
         arrays = {
             "camera": camera,
-            "axes": axes,
+            "axes": camera_axes(camera),
             "lamps": lamps,
             "power": CLEVR_POWER,
-            "albedo": CLEVR_COLORS[color] / 255,                                # [E, 3]
+            "albedo": CLEVR_COLORS[color],                                      # [E, 3]
             "metal": material == 2,                                             # [E]
             "center": np.column_stack([x, y, z]),                               # [E, 3]
             "reach": CLEVR_SOLIDS[6, shape] * size ** 2,                        # [E]
@@ -1152,7 +1102,7 @@ class ClevrScene:
         return self.albedo[entity] * light, entity
 
     def render(self, window, resolution):
-        """Returns image [H, W, 3] uint8 and entity [H, W] of a window of the frame."""
+        """Returns image [H, W, 3] and label [H, W], both uint8, of a window of the frame."""
         pixel = pixel_centers(window, resolution, resolution)
         color, entity = self.shade(*self.camera_rays(pixel))
         picture = color.clamp(max=1) ** (1 / 2.2)
@@ -1172,4 +1122,5 @@ class ClevrScene:
         color = color.clamp(max=1).view(-1, 3, 3).mean(1)
         picture[edge] = color ** (1 / 2.2)
         image = (255 * picture).round().byte()
-        return image.numpy(), entity.view(resolution, resolution).numpy()
+        label = entity.byte().view(resolution, resolution)
+        return image.numpy(), label.numpy()

@@ -488,46 +488,42 @@ def test_clevr_v1_is_read_and_trained_on(capsys):
 def test_generated_scenes_follow_the_rules(make, n, size, entities, least, most):
     scenes = make(n, 0)
     image = scenes["image"]
-    mask = scenes["mask"]
-    assert image.shape == (n, size, size, 3) and mask.shape == (n, entities, size, size)
-    assert_array_equal(mask.sum(1), 1)
-    assert (mask.any((2, 3)) <= scenes["visibility"]).all()
+    label = scenes["label"]
+    assert image.shape == (n, size, size, 3) and label.shape == (n, size, size)
+    seen = (label[..., None] == np.arange(entities)).any((1, 2))
+    assert label.max() < entities and (seen <= scenes["visibility"]).all()
     assert {*scenes["visibility"].sum(1)} <= {*range(least + 1, most + 2)}
     assert equal(make(n, 0), scenes) and not equal(make(n, 1)["image"], image)
 
 
 def test_tetrominoes_are_whole_and_anywhere():
     scenes = data.make_tetrominoes(2000, 0)
-    pieces = scenes["mask"][:, 1:]
+    pieces = scenes["label"][:, None] == np.arange(1, 4)[:, None, None]
     assert_array_equal(pieces.sum((2, 3)), 100)  # none over another
     assert_array_equal(scenes["image"].any(3), pieces.any(1))
-    assert {*scenes["shape"][:, 1:].flat} == {*range(1, 20)}
-    top = pieces.any(3).argmax(2)
-    assert_array_equal(top, scenes["y"][:, 1:])
-    assert {*top.flat} == {*range(31)}  # any pixel, no grid
+    assert {*pieces.any(3).argmax(2).flat} == {*range(31)}  # any pixel, no grid
 
 
-def test_multi_dsprites_stand_where_their_factors_say():
-    scenes = data.make_multi_dsprites(500, 0)
-    n = np.arange(500)
-    last = scenes["visibility"].sum(1).astype(int) - 1  # no sprite stands before the last one
-    whole = scenes["mask"][n, last]
-    for key, axis in (("x", 1), ("y", 2)):
-        center = (whole.sum(axis) * np.arange(64)).sum(1) / whole.sum((1, 2))
-        error = np.abs(center - 16 - 31 * scenes[key][n, last])
-        assert error.max() < 4  # a heart is not symmetric
+def test_multi_dsprites_are_plain_on_grey_and_inside():
+    scenes = data.make_multi_dsprites(50, 0)
+    for image, label in zip(scenes["image"], scenes["label"]):
+        colors = np.unique(np.dstack([label, image]).reshape(-1, 4), axis=0)
+        assert_array_equal(colors[:, 0], np.unique(label))  # one of each
+        assert len({*colors[0, 1:]}) == 1
+    assert not scenes["label"][:, [0, -1]].any()
 
 
 def test_clevr_like_scenes_obey_clevrs_generator():
-    scenes = data.make_clevr_like(12, 0, resolution=96, min_objects=8, crop=False)
-    x, y, z = (scenes[axis][:, 1:9] for axis in "xyz")
-    assert_allclose(z, np.array([0, 0.7, 0.35])[scenes["size"][:, 1:9]], atol=1e-6)
-    place = np.stack([x, y], 2)
+    scenes = data.make_clevr_like(12, 0, resolution=96, min_objects=8, max_objects=8, crop=False)
+    target = scenes["target"][:, :8]
+    place = 6 * target[:, :, :2] - 3
+    radius = target[:, :, 3:5] @ [0.35, 0.7]
+    assert_allclose(6 * target[:, :, 2] - 3, radius, atol=1e-6)
     assert np.abs(place).max() <= 3
     distance = np.linalg.norm(place[:, :, None] - place[:, None], axis=3)
-    gap = distance - z[:, :, None] - z[:, None]  # z is the radius, too
+    gap = distance - radius[:, :, None] - radius[:, None]
     assert 0.25 <= (gap + 9 * np.eye(8)).min() < 0.5
-    seen = scenes["mask"][:, 1:9].mean((2, 3)).min()
+    seen = (scenes["label"][..., None] == np.arange(9)).mean((1, 2)).min()
     assert seen * 320 * 240 > 100  # 200, decided on a coarser map
 
 
@@ -1010,8 +1006,7 @@ def score(file, scenes):
     ("set_prediction", lambda: data.make_clevr_like(16, 12345, crop=False), "ap_inf", 0.7)])
 def test_shipped_weights_take_scenes_apart_that_they_never_saw(file, make, metric, least):
     made = make()
-    label = made["mask"].argmax(1).astype(np.uint8)
-    scenes = data.Scenes(made["image"], label, made.get("target"))
+    scenes = data.Scenes(made["image"], made["label"], made.get("target"))
     assert score(file, scenes)[metric] > least
 
 
