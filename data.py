@@ -532,8 +532,8 @@ CACHE_VERSION = 4  # change it whenever any dataset is decoded or generated in a
 def cached(name, root, sources, scenes, total):
     """Returns {key: array [n, ...]} of all scenes, mapped from the cache; builds it if need be.
 
-    scenes: an iterator of blocks {"image": [m, H, W, 3], "objects": list of m numbers, ...}, each
-    written as it comes. total: how many scenes are expected. sources: the files that the scenes
+    scenes: an iterator of blocks {"image": [m, H, W, 3], "objects": m numbers, ...}, each written
+    as it comes. total: how many scenes are expected. sources: the files that the scenes
     come from: when one of them changes, there is another cache. It lies in root/cache, or, if
     nothing can be written there, in data/cache. Of several processes one builds it.
     """
@@ -570,7 +570,7 @@ def write_cache(path, scenes, total):
         with archive.open("records", "w", force_zip64=True) as stream:
             start = file.tell()
             for block in scenes:
-                objects += block.pop("objects")
+                objects += map(int, block.pop("objects"))
                 fields = [(key, array.dtype.str, array.shape[1:]) for key, array in block.items()]
                 records = np.rec.fromarrays([*block.values()], fields)  # a scene's side by side
                 stream.write(records.tobytes())
@@ -726,10 +726,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
 
     def make(start):
         seed = (1 if split == "train" else 2), start
-        number = min(size, count - start)
-        scenes = make_scenes(number, seed, *options)
-        visible = np.count_nonzero(scenes.pop("visibility"), 1)
-        return {**scenes, "objects": (visible - 1).tolist()}
+        return make_scenes(min(size, count - start), seed, *options)
 
     blocks = on_all_cores(make, range(0, count, size))
     return cached(cache, root, [], blocks, count)
@@ -771,8 +768,8 @@ def make_tetrominoes(count, seed):
 
     Three pieces, of 19 orientations and six colours, stand at any pixel where they lie inside
     35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
-    image [n, 35, 35, 3] uint8; label [n, 35, 35] uint8, 0 = background, 1 to 3; visibility [n, 4]
-    (1: all are there), background first.
+    image [n, 35, 35, 3] uint8; label [n, 35, 35] uint8, 0 = background, 1 to 3; objects [n], the
+    number of pieces.
     """
     rng = np.random.default_rng(seed)
     piece = np.empty((count, 3), int)
@@ -790,7 +787,7 @@ def make_tetrominoes(count, seed):
     return {
         "image": light[..., None] * paint(palette, label),
         "label": label,
-        "visibility": np.ones((count, 4)),
+        "objects": np.full(count, 3),
     }
 
 
@@ -817,10 +814,10 @@ def make_multi_dsprites(count, seed):
 
     2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions), the later over the earlier, on
     grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; label
-    [n, 64, 64] uint8, 0 = background, 1 to 5; visibility [n, 6] (1: is there), background first.
+    [n, 64, 64] uint8, 0 = background, 1 to 5; objects [n], the number of sprites.
     """
     rng = np.random.default_rng(seed)
-    there = np.arange(6) <= rng.integers(2, 6, (count, 1))                      # [n, 6]
+    objects = rng.integers(2, 6, count)
     size = (count, 5)
     shape = rng.choice(3, size)
     scale = rng.choice(np.linspace(0.5, 1, 6), size)
@@ -845,12 +842,13 @@ def make_multi_dsprites(count, seed):
         square = np.maximum(abs(u), abs(v)) < 0.8
         ellipse = u ** 2 + (v / 0.6) ** 2 < 1
         heart = u ** 2 + (0.1 - 1.2 * v - 0.75 * abs(u) ** 0.5) ** 2 < 0.9
-        inside = there[i, 1:] & np.choose(shape[i], [square, ellipse, heart])
+        inside = np.choose(shape[i], [square, ellipse, heart])
+        inside[..., objects[i]:] = False
         label[i] = (inside * np.arange(1, 6)).max(2)  # the later over the earlier
     return {
         "image": paint(np.uint8((palette * 255).round()), label),
         "label": label,
-        "visibility": there.astype(float),
+        "objects": objects,
     }
 
 
@@ -891,8 +889,8 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
 
     Scene i depends on seed, numbers of objects and i, not on count. crop: the central square, in
     which objects may be cut or missing, as object discovery sees them; else the whole frame, made
-    square. image [n, H, W, 3] uint8; label [n, H, W] uint8, 0 = background, 1 to 10; visibility
-    [n, 11] (1: is there), background first; target [n, 10, 19], see clevr_target. Raises InputError
+    square. image [n, H, W, 3] uint8; label [n, H, W] uint8, 0 = background, 1 to 10; objects [n],
+    their number; target [n, 10, 19], see clevr_target. Raises InputError
     if not 1 <= min_objects <= max_objects <= 10.
     """
     if not 1 <= min_objects <= max_objects <= 10:
@@ -908,7 +906,7 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
         scenes.append({
             "image": image,
             "label": label,
-            "visibility": np.float32(np.arange(11) <= number),
+            "objects": number,
             "target": clevr_target(factors),
         })
     return {

@@ -491,8 +491,8 @@ def test_generated_scenes_follow_the_rules(make, n, size, entities, least, most)
     label = scenes["label"]
     assert image.shape == (n, size, size, 3) and label.shape == (n, size, size)
     seen = (label[..., None] == np.arange(entities)).any((1, 2))
-    assert label.max() < entities and (seen <= scenes["visibility"]).all()
-    assert {*scenes["visibility"].sum(1)} <= {*range(least + 1, most + 2)}
+    assert label.max() < entities and (seen.sum(1) <= scenes["objects"] + 1).all()
+    assert {*scenes["objects"]} <= {*range(least, most + 1)}
     assert equal(make(n, 0), scenes) and not equal(make(n, 1)["image"], image)
 
 
