@@ -555,7 +555,9 @@ def cached(name, root, sources, scenes, total):
             say(f"{folder} cannot be written: {error}")
             continue
         with file:
-            lock(file, wait=True)
+            if not lock(file):
+                say(f"waiting for another process that builds {path}")
+                lock(file, wait=True)
             if not path.exists():  # another process may have built it meanwhile
                 write_cache(path, scenes, total)
         return read_cache(path)

@@ -6,6 +6,8 @@ equation numbers are the paper's (https://arxiv.org/abs/2006.15055), and so are 
     B  images in a batch      N  input features, h * w of the encoder's grid
     K  slots                  D  size of a slot (D_in: of an input feature)
     T  iterations             H, W  size of an image (h, w: of a grid)
+
+Attention is [K, N] here, and [N, K] in the paper.
 """
 
 import functools
@@ -303,7 +305,8 @@ class Decoder(nn.Module):
 
         A slot is the same in every cell of the grid. So each of the kernel's k * k taps adds the
         same to every cell, but to those near a border whose tap would lie outside the grid. This
-        holds because pos adds the same map to every slot: if you change pos, delete this method.
+        holds because pos adds the same map to every slot: if you change pos, delete this method,
+        and its branch in forward.
         """
         k = conv.kernel_size[0]
         taps = torch.einsum("md,cdt->mct", slots, conv.weight.flatten(2))   # [M, C, k * k]
@@ -410,9 +413,10 @@ def adjusted_rand_index(true_mask, pred_mask):
 def minimum_cost_matching(cost):
     """Returns rows (ascending) and cols, [B, min(n, m)] each, of the cheapest matchings.
 
-    Solves scipy.optimize.linear_sum_assignment for a whole batch of cost [B, n, m], n and m at most
-    16 (else ValueError), by dynamic programming: best[S] is the least cost of matching the first
-    |S| rows to the set S of columns; a set is a number with a bit for each member.
+    For a whole batch of cost [B, n, m] on its device, it is what SciPy's linear_sum_assignment is
+    for one matrix on the CPU. n and m are at most 16 (else ValueError). By dynamic programming:
+    best[S] is the least cost of matching the first |S| rows to the set S of columns; a set is a
+    number with a bit for each member.
     """
     n, m = cost.shape[1:]
     if n > m:

@@ -79,24 +79,24 @@ class Config:
     steps: int = 500_000  # steps
     lr: float = 4e-4  # learning rate of Adam; Muon's is ten times this
     warmup: int = 10_000  # steps of linear warm-up
-    decay_steps: int = 100_000  # the learning rate halves in so many steps; with Muon it falls to 0
+    decay_steps: int = 100_000  # the learning rate halves in so many steps (not with Muon)
     eval_every: int = 5_000  # steps between evaluations
     log_every: int = 10  # steps between lines of log.jsonl
     accumulate: int = 1  # micro-batches a step: less memory, the same gradient
     compile: bool = False  # torch.compile; not yet measured on a GPU
     device: str = DEVICES[0]  # cuda or cpu
-    threads: int = 0  # CPU threads; 0: one for each core that is idle when the run begins
+    threads: int = 0  # threads on a CPU; 0: one for each core that is idle when the run begins
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the hardware has it
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
     learned_queries: bool = False  # a learned mean for each slot's initial state
-    train_iterations: int = 0  # iterations in training; 0: num_iterations, else these are for later
+    train_iterations: int = 0  # T in training; 0: num_iterations, as in evaluation
     query_scale: float = 1.0  # factor of the queries' initial weights: 3 helps against stripes
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # the decoder's last layer makes blocks of this many pixels a side
     clip: float = 0.0  # largest norm of the gradient; 0: any
-    muon: Literal["none", "encoder", "all"] = "none"  # Muon; encoder: not in the decoder
-    slot_loss: float = 0.0  # weight of the slots' own errors at the last step
+    muon: Literal["none", "encoder", "all"] = "none"  # the matrices with Muon; lr then falls to 0
+    slot_loss: float = 0.0  # weight of the slots' own errors at the end of training
 
 
 SETS = dict(
@@ -164,6 +164,7 @@ def train(config, out, checkpoint=None):
 
     stop = catch_signals()
     logged = start
+    saved = time.monotonic()
     total = torch.zeros((), device=device)  # of the losses since the last line of the log
     clock = time.perf_counter()
     for step in range(start + 1, config.steps + 1):
@@ -195,8 +196,7 @@ def train(config, out, checkpoint=None):
 
         stopping = in_any_process(stop)
         at_eval = step % config.eval_every == 0 or step == config.steps
-        saving = at_eval or stopping
-        if saving or step % config.log_every == 0:
+        if at_eval or stopping or step % config.log_every == 0:
             sum_over_processes(total)
             loss = total.item() / (step - logged)
             duration = time.perf_counter() - clock
@@ -208,15 +208,20 @@ def train(config, out, checkpoint=None):
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 1)
             if at_eval and RANK == 0:
                 row.update(evaluate(model, config, eval_set, device, autocast))
-            write_row(log, row, config, renew=not saving)
+            saving = at_eval or stopping or time.monotonic() - saved > TEN_MINUTES
+            write_row(log, row, config, renew=not (saving or logged == start))
             if saving:
                 save(out, config, model, optimizers, step, seconds)
+                saved = time.monotonic()
             total.zero_()
             logged = step
             clock = time.perf_counter()
         if stopping:
             data.say(f"stopped and saved; to continue: python train.py --resume {out}")
             sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
+
+
+TEN_MINUTES = 600  # in seconds: so much a kill costs at most, or log_every steps if these take more
 
 
 def micro_batches(step, config, scenes, device):
@@ -505,10 +510,11 @@ SIGNALS = [number for number in signal.Signals  # Windows has no SIGHUP
 def add_slot_loss(error, output, image, weight, progress):
     """Returns the loss that leaves each pixel, and each object, to one slot (--slot-loss).
 
-    As progress goes from 0 to 1, up to `weight` of the error gives way to the errors of the slots'
-    own pictures, weighted by their masks: these are larger where masks overlap and pictures differ.
-    Late in training, a penalty on the square roots of the masks' shares of the image makes it
-    cheaper for one slot than for several to have what all of them get right, such as a background.
+    With w = progress * weight, masks m, the slots' pictures r and the image x it is
+    (1 - w) * error + w * mean(sum_k m_k (r_k - x)^2) + 0.007 * weight * progress^4 * sum_k s_k^0.5.
+    The second term is larger than the error where masks overlap and pictures differ. The third, of
+    the masks' shares s of the image, matters late: then one slot pays less than several for what
+    all of them get right, such as the background. progress goes from 0 to 1 in a training.
     """
     own = (output.masks * (output.recons - image[:, None]) ** 2).sum(dim=1).mean()
     shares = output.masks.mean(dim=(2, 3, 4))                           # [B, K]
@@ -572,7 +578,11 @@ def muon_and_adam(model, layers):
 
 # --- The command line ---------------------------------------------------------------------------
 
-MAY_BE_0 = "seed threads min_objects warmup train_iterations lr query_scale clip slot_loss".split()
+AT_LEAST_1 = """
+    resolution num_slots num_iterations slot_dim mlp_hidden_size encoder_channels encoder_strides
+    decoder_channels decoder_strides train_count eval_count batch_size steps decay_steps eval_every
+    log_every accumulate pixel_shuffle
+""".split()
 
 
 def parse(argv=None):
@@ -594,7 +604,7 @@ def parse(argv=None):
         elif field.type is tuple:
             how = {"type": int, "nargs": "+"}
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, help=f"{comments[field.name]} [{field.default}]", **how)
+        parser.add_argument(flag, help=f"{comments.get(field.name)} [{field.default}]", **how)
     args = parser.parse_args(argv)
     typed = {key: value for key, value in vars(args).items() if hasattr(Config, key)}
 
@@ -603,10 +613,13 @@ def parse(argv=None):
     if checkpoint:
         args.out = Path(run)
         recipe = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
+        if recipe.get("device") not in DEVICES:  # a run of another machine
+            recipe["device"] = DEVICES[0]
         unknown = recipe.keys() - Config.__annotations__.keys()
         if unknown:
             parser.error(f"{run} is of another version of this code: it has {unknown}")
-        if "steps" not in recipe and typed.get("data", recipe["data"]) not in data.FILES:
+        is_run = "steps" in recipe  # not a mere file of weights
+        if not is_run and typed.get("data", recipe["data"]) not in data.FILES:
             parser.error(f"{run} comes without its dataset: give one with --data")
     else:
         name, recipe = find_recipe(typed, "small" in args)
@@ -615,8 +628,10 @@ def parse(argv=None):
             parser.error(f"{args.out}/ holds a run: --resume {args.out}, or choose another --out")
     config = Config(**{**recipe, **typed})
     check(config, parser)
-    if "resume" in args and checkpoint["config"].get("muon") != config.muon:
-        parser.error("--resume continues a run's folder, not mere weights, and with its --muon")
+    if "resume" in args and not is_run:
+        parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
+    if "resume" in args and checkpoint["config"]["muon"] != config.muon:
+        parser.error("--resume continues a run with the same --muon")
     return args, config, checkpoint
 
 
@@ -639,7 +654,7 @@ def check(config, parser):
     """Ends the program if a value of the config is out of range."""
     for field in fields(Config):
         value = getattr(config, field.name)
-        least = 0 if field.name in MAY_BE_0 else 1
+        least = 1 if field.name in AT_LEAST_1 else 0
         if field.type in (int, float, tuple) and not np.min(value) >= least:
             parser.error(f"--{field.name.replace('_', '-')} must be at least {least}")
     if config.device not in DEVICES:
