@@ -51,7 +51,7 @@ class Scenes:
     all if not given. source: what they are, in words.
     """
 
-    def __init__(self, images, labels=None, targets=None, index=None, source=""):
+    def __init__(self, images, labels=None, targets=None, index=None, source="your own"):
         if np.asarray(images).dtype != np.uint8:
             raise TypeError("images must be uint8, 0 to 255")
         arrays = {"image": images, "label": labels, "target": targets}

@@ -474,8 +474,9 @@ def write_row(log, row, config, renew):
     except OSError as error:
         raise data.InputError(f"cannot write {log.name}: {error.strerror}") from error
     left = data.duration(row["seconds"] / row["step"] * (config.steps - row["step"]))
-    values = [f"{key} {value:,.6g}" for key, value in row.items()]
-    data.say("  ".join([*values, f"{left} left"]), renew)
+    values = [f"{key} {value:.4g}" for key, value in row.items() if key != "step"]
+    start = f"step {row['step']:,} of {config.steps:,}, {left} left"
+    data.say("  ".join([start, *values]), renew)
 
 
 def in_any_process(stop):
