@@ -1,6 +1,8 @@
 """The specification: what a reader may rely on. Run with: pytest
 
-The first section compares with outputs of the official TensorFlow code, in assets/golden.npz.
+The first section compares with outputs of the official code (google-research/slot_attention) in
+assets/golden.npz: TensorFlow 2.15.1, Keras 2.15.0, float32, a CPU. Its weights and inputs were
+drawn as official_inputs draws them.
 """
 
 import contextlib

@@ -96,7 +96,7 @@ class Config:
     pixel_shuffle: int = 1  # the decoder's last layer makes blocks of this many pixels a side
     clip: float = 0.0  # largest norm of the gradient; 0: any
     muon: Literal["none", "encoder", "all"] = "none"  # the matrices with Muon; lr then falls to 0
-    slot_loss: float = 0.0  # weight of the slots' own errors at the end of training
+    slot_loss: float = 0.0  # weight of the slots' own errors at the end; the log's loss has it
 
 
 SETS = dict(
