@@ -190,7 +190,7 @@ def folder_arrays(folder, root, resolution, masks=None):
         block = {"image": square(picture, resolution)[None], "objects": [0]}
         if masks:
             label = read_mask(mask_of(path), picture.size)
-            block["label"] = resize_labels(label, resolution)[None]
+            block["label"] = resize_nearest(label, resolution)[None]
             block["objects"] = [len(np.setdiff1d(label, (0, 255)))]
         return block
 
@@ -325,7 +325,7 @@ def resize(picture, resolution):
     return x.permute(1, 2, 0).round().byte().numpy()
 
 
-def resize_labels(labels, resolution):
+def resize_nearest(labels, resolution):
     """Resizes [H, W, ...] to the nearest pixels."""
     centers = 2 * np.arange(resolution) + 1  # of the new pixels, in halves of them
     rows, cols = (centers * size // (2 * resolution) for size in labels.shape[:2])
@@ -356,7 +356,7 @@ def tfrecord_scenes(path, dataset, resolution, crop):
                 block["target"] = clevr_target(scene)[None]
         block["image"] = resize(cropped(scene["image"], crop), resolution)[None]
         mask = cropped(scene["mask"].transpose(1, 2, 0), crop)                  # [h, w, E]
-        block["label"] = np.uint8(resize_labels(mask, resolution).argmax(2))[None]
+        block["label"] = np.uint8(resize_nearest(mask, resolution).argmax(2))[None]
         block["objects"] = [round(float(scene["visibility"].sum())) - 1]  # not the background
         return block
 
@@ -946,7 +946,7 @@ def draw_clevr_scene(rng, number):
         place[i] = fitting[0]
     factors["x"], factors["y"] = place.T
     factors["z"] = size
-    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # taken as radians, as there
+    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # taken for radians, as in CLEVR's generator
     factors = {
         key: np.pad(values, (1, 10 - number))
         for key, values in factors.items()

@@ -259,7 +259,7 @@ class Encoder(nn.Module):
         x = self.cnn(image)                                             # [B, C, h, w]
         x = self.pos(x).flatten(2).mT                                   # [B, N, C]
         x = self.mlp(self.layer_norm(x))                                # [B, N, D]
-        return x.to(self.pos.grid.dtype)  # float32 again, if autocast made it bfloat16
+        return x.to(self.layer_norm.weight.dtype)  # float32 again, if autocast made it bfloat16
 
 
 class Decoder(nn.Module):
@@ -450,7 +450,7 @@ def subsets_of(m, size, device):
 
 
 def hungarian_huber_loss(pred, target):
-    """Returns the set prediction loss (section 2.3), a scalar, of pred [B, K, F], target [B, M, F].
+    """Returns the set prediction loss (section 2.3), a scalar, of pred [B, K, C], target [B, M, C].
 
     The Huber loss (delta 1, mean over the features) between each target and the prediction that the
     cheapest matching assigns to it, summed over the set, averaged over the batch. Padding (rows of
@@ -539,7 +539,9 @@ def load_weights(model, weights):
     model.load_state_dict(weights)
 
 
-OFFICIAL_NAMES = [  # patterns in the official code's names, and what stands there in ours
+# Patterns in the official code's names, and what stands there in ours:
+# encoder_cnn/layer_with_weights-1/kernel becomes encoder.cnn.2.weight.
+OFFICIAL_NAMES = [
     (r"^network/layer_with_weights-0/|/\.ATTRIBUTES/VARIABLE_VALUE$", ""),
     (r"layer_with_weights-(\d+)", lambda match: str(2 * int(match[1]))),  # each second is a ReLU
     (r"^(encoder|decoder)_", r"\1."),

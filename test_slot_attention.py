@@ -428,7 +428,7 @@ def test_masks_and_images_are_cropped_alike():
         assert_array_equal(arrays["image"], image[index])
         assert_array_equal(arrays["label"], label[index])
         assert_array_equal(arrays["target"][:, :, 18].sum(1), np.array([3, 6, 10])[index])
-    assert_array_equal(data.resize_labels(label[0], 96), label[0, 1::2, 1::2])
+    assert_array_equal(data.resize_nearest(label[0], 96), label[0, 1::2, 1::2])
     os.utime("clevr_with_masks_train.tfrecords", (0, 0))
     data.load("clevr", "train", ".", resolution=192)
     assert len(caches()) == 2  # it is another file now
@@ -981,7 +981,7 @@ REAL = pytest.mark.skipif(not SAMPLES.exists(), reason="needs data that the proj
 def test_shipped_weights_take_real_scenes_apart(file, sample, least):
     """The README's means."""
     arrays = np.load(SAMPLES / sample)
-    labels = [data.resize_labels(label, 64) for label in arrays["label"]]
+    labels = [data.resize_nearest(label, 64) for label in arrays["label"]]
     labels = torch.tensor(np.stack(labels))
     masks = with_five_noises(file, arrays["image"])
     assert np.mean([train.foreground_ari(labels, mask).mean() for mask in masks]) > least

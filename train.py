@@ -99,7 +99,7 @@ class Config:
     slot_loss: float = 0.0  # weight of the slots' own errors at the end; the log's loss has it
 
 
-SETS = dict(
+SET_PREDICTION = dict(
     num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000,
     batch_size=512, steps=150_000, warmup=1_000, decay_steps=50_000)
 DSPRITES = dict(
@@ -114,7 +114,7 @@ SMALL_64 = dict(
     pixel_shuffle=4, steps=6_000)
 SMALL_DSPRITES = dict(
     SMALL_64, num_slots=6, muon="all", decoder_channels=64, decoder_kernel=3, train_count=40_000)
-SMALL_SETS = dict(
+SMALL_SET_PREDICTION = dict(
     SMALL, num_slots=10, crop="none", max_objects=10, learned_queries=True, num_iterations=4,
     train_iterations=4, encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
 RECIPES = {  # what differs from Config, by the name of the run's folder; "demo" without any flag
@@ -131,10 +131,10 @@ RECIPES = {  # what differs from Config, by the name of the run's folder; "demo"
         SMALL, resolution=35, num_slots=4, muon="all", lr=1.6e-3, slot_loss=0.5, num_iterations=10,
         decoder_channels=64, decoder_kernel=3, decoder_strides=(1, 1, 1), pixel_shuffle=3,
         train_count=40_000, eval_count=512, steps=3_000),
-    "clevr-set_prediction": SETS,
-    "clevr-set_prediction-small": SMALL_SETS,
-    "clevr_like-set_prediction": SETS,
-    "clevr_like-set_prediction-small": SMALL_SETS,
+    "clevr-set_prediction": SET_PREDICTION,
+    "clevr-set_prediction-small": SMALL_SET_PREDICTION,
+    "clevr_like-set_prediction": SET_PREDICTION,
+    "clevr_like-set_prediction-small": SMALL_SET_PREDICTION,
     "folder": dict(max_objects=254, train_count=10 ** 9),
     "folder-small": dict(SMALL_64, max_objects=254, train_count=10 ** 9),
 }
@@ -260,7 +260,7 @@ def sum_over_processes(tensor):
 
 
 def learning_rate(step, config):
-    """Returns the official schedule: linear warm-up, and a decay from the first step on."""
+    """Returns the official schedule: warm-up from 0 (at the first step), decay from there on."""
     decay = 0.5 ** (step / config.decay_steps)
     if config.muon != "none":  # not in the paper: linearly to 0
         decay = 1 - step / config.steps
@@ -319,6 +319,7 @@ def print_evaluation(config, checkpoint):
     """Prints the metrics after each number of iterations (section 4.1's generalisation)."""
     scenes = load_scenes(config, "eval")
     device, autocast = set_up(config)
+    # Learned queries are as many as in training, whatever --num-slots says.
     trained = replace(config, num_slots=checkpoint["arguments"]["num_slots"])
     model = build_model(trained, device, checkpoint)
     print(f"{len(scenes):,} held-out scenes of {scenes.source}, {config.num_slots} slots")

@@ -102,7 +102,7 @@ def slot_cells(head, weights, pictures, background):
     background [H, W, 1 or 3].
     """
     K = len(weights)
-    weights = data.resize_labels(weights.permute(1, 2, 0).numpy(), len(background))  # [H, W, K]
+    weights = data.resize_nearest(weights.permute(1, 2, 0).numpy(), len(background))  # [H, W, K]
     cells = [(head, background * (weights @ COLORS[:K]), "black")]
     for k in range(K):
         picture = background + weights[..., k, None] * (pictures[k] - background)
