@@ -946,7 +946,7 @@ def draw_clevr_scene(rng, number):
         place[i] = fitting[0]
     factors["x"], factors["y"] = place.T
     factors["z"] = size
-    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # but taken for radians, as in CLEVR
+    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # CLEVR takes it for radians
     factors = {
         key: np.pad(values, (1, 10 - number))
         for key, values in factors.items()
