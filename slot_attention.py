@@ -395,7 +395,7 @@ def adjusted_rand_index(true_mask, pred_mask):
     As in DeepMind's multi_object_datasets, but 1 where that gives NaN (0/0).
     """
     true = (true_mask > 0).float()                                      # [B, P, Gt]
-    pred = F.one_hot(pred_mask.argmax(dim=2)).float()                   # [B, P, Gp]
+    pred = F.one_hot(pred_mask.argmax(dim=2), pred_mask.shape[2]).float()
     n_ij = (true.mT @ pred).long()                                      # [B, Gt, Gp]: in both
 
     def pairs(count):
