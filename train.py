@@ -95,7 +95,7 @@ class Config:
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # the decoder's last layer makes blocks of this many pixels a side
     clip: float = 0.0  # largest norm of the gradient; 0: any
-    muon: Literal["none", "encoder", "all"] = "none"  # the matrices with Muon; lr then falls to 0
+    muon: Literal["none", "encoder", "all"] = "none"  # Muon for the matrices; lr then falls to 0
     slot_loss: float = 0.0  # weight of the slots' own errors at the end; the log's loss has it
 
 
@@ -632,7 +632,7 @@ def parse(argv=None):
     check(config, parser)
     if "resume" in args and not is_run:
         parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
-    if "resume" in args and checkpoint["config"]["muon"] != config.muon:
+    if "resume" in args and checkpoint["config"].get("muon") != config.muon:
         parser.error("--resume continues a run with the same --muon")
     return args, config, checkpoint
 
