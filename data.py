@@ -108,7 +108,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if masks and name in FILES:
         raise InputError(f"--masks is for a folder of pictures, not for {name}")
     root = Path(root)
-    stem, total, train_count, native = FILES.get(name, (None, None, None, 128))
+    stem, total, train_count, native = FILES.get(name, (None, None, np.inf, 128))
     resolution = resolution or native
     source = stem and find(root, f"{stem}.tfrecords")
     if name == "clevr" and not source:
@@ -116,7 +116,6 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if name not in FILES:
         source = Path(name).resolve()
         arrays = folder_arrays(source, root, resolution, masks and Path(masks).resolve())
-        index = held_out_index(len(arrays["objects"]), split)
     elif source:
         if source.is_dir():
             sources = source.glob("scenes/*.json")
@@ -126,14 +125,15 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
             sources = [source]
             scenes = tfrecord_scenes(source, name, resolution, crop)
         arrays = cached(f"{source.name}-{resolution}-{crop}", root, sources, scenes, total)
-        index = split_index(len(arrays["objects"]), split, train_count)
     elif name in ("clevr", "multi_dsprites_on_colored"):
         raise InputError(f"no {stem}.tfrecords in {root}/: see the README, Data; "
                          "--data clevr_like and --data multi_dsprites need no file")
     else:
         arrays = generate(name, split, root, count or train_count, resolution, crop,
                           min_objects, max_objects)
-        index = np.arange(len(arrays["objects"]))
+    index = np.arange(len(arrays["objects"]))
+    if source:
+        index = split_index(len(index), split, train_count)
     objects = arrays["objects"][index]
     index = index[(objects >= min_objects) & (objects <= max_objects)][:count]
     if len(objects) and len(index) == 0:
@@ -151,13 +151,15 @@ def find(root, name):
 
 
 def split_index(n, split, train_count):
-    """Returns which of n scenes are in a split: the first ones train, those after them evaluate.
+    """Returns which of n scenes are in a split: the first train_count train, the others evaluate.
 
-    Of a file with no more than train_count scenes, the last fifth evaluates.
+    If there are no others, a random tenth evaluates, at most 320 scenes.
     """
-    border = train_count if n > train_count else n - max(1, n // 5)
-    scenes = np.arange(n)
-    return scenes[:border] if split == "train" else scenes[border:]
+    order = np.arange(n)
+    if n <= train_count:
+        order = np.random.default_rng(0).permutation(n)[::-1]
+        train_count = n - min(320, max(1, n // 10))
+    return np.sort(order[:train_count] if split == "train" else order[train_count:])
 
 
 # --- A folder of pictures -----------------------------------------------------------------------
@@ -203,13 +205,6 @@ def folder_arrays(folder, root, resolution, masks=None):
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
                          "background, 255 is left out)")
     return arrays
-
-
-def held_out_index(n, split):
-    """Returns which of n pictures are in a split: a random tenth, at most 320, evaluates."""
-    order = np.random.default_rng(0).permutation(n)
-    held_out = min(320, max(1, n // 10))
-    return np.sort(order[:held_out] if split == "eval" else order[held_out:])
 
 
 def read_picture(path):
@@ -284,7 +279,7 @@ def clevr_v1_scenes(folder, resolution, crop):
     for part in ("train", "val"):
         file = folder / f"scenes/CLEVR_{part}_scenes.json"
         if part == "val" and not file.exists():
-            say(f"no {file}: the last fifth of the training scenes is held out instead")
+            say(f"no {file}: up to 320 of the training scenes are held out instead")
             continue
         with reading(file):
             for scene in json.loads(file.read_bytes())["scenes"]:
