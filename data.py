@@ -82,12 +82,15 @@ def to_device(x, device):
     return x.to(device, non_blocking=True)
 
 
-FILES = {  # dataset: the official file's name, scenes used of it, scenes for training, resolution
-    "tetrominoes": ("tetrominoes_train", 65_000, 60_000, 35),
-    "multi_dsprites": ("multi_dsprites_colored_on_grayscale", 65_000, 60_000, 64),
-    "multi_dsprites_on_colored": ("multi_dsprites_colored_on_colored", 65_000, 60_000, 64),
-    "clevr": ("clevr_with_masks_train", 100_000, 70_000, 128),
-    "clevr_like": (None, None, 70_000, 128),
+URL = "https://storage.googleapis.com/multi-object-datasets"
+FILES = {  # dataset: the file at URL, scenes used of it, scenes for training, resolution
+    "tetrominoes": ("tetrominoes/tetrominoes_train.tfrecords", 65_000, 60_000, 35),
+    "multi_dsprites": (
+        "multi_dsprites/multi_dsprites_colored_on_grayscale.tfrecords", 65_000, 60_000, 64),
+    "multi_dsprites_on_colored": (
+        "multi_dsprites/multi_dsprites_colored_on_colored.tfrecords", 65_000, 60_000, 64),
+    "clevr": ("clevr_with_masks/clevr_with_masks_train.tfrecords", 100_000, 70_000, 128),
+    "clevr_like": (None, None, 70_000, 128),  # it is always generated
 }
 DATASETS = {}  # your own: a name, and a function that returns Scenes of "train" or "eval"
 
@@ -100,17 +103,17 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     root: the folder of the official files. They are decoded once, into root/cache. Without them
     Tetrominoes and Multi-dSprites (on grey) are generated. count: at most so many scenes, of those
     with min_objects to max_objects objects. crop, of CLEVR: "paper", the central square;
-    "official", the window that the official code cuts out of CLEVR_v1.0; "none", the whole picture,
-    made square. Raises InputError.
+    "official", the off-centre window that the official code cuts out of CLEVR_v1.0; "none", the
+    whole picture, made square. A function of DATASETS gets the split alone. Raises InputError.
     """
     if name in DATASETS:
         return DATASETS[name](split)
     if masks and name in FILES:
         raise InputError(f"--masks is for a folder of pictures, not for {name}")
     root = Path(root)
-    stem, total, train_count, native = FILES.get(name, (None, None, np.inf, 128))
+    file, total, train_count, native = FILES.get(name, (None, None, np.inf, 128))
     resolution = resolution or native
-    source = stem and find(root, f"{stem}.tfrecords")
+    source = file and find(root, Path(file).name)
     if name == "clevr" and not source:
         source = find(root, "CLEVR_v1.0")
     if name not in FILES:
@@ -126,7 +129,8 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
             scenes = tfrecord_scenes(source, name, resolution, crop)
         arrays = cached(f"{source.name}-{resolution}-{crop}", root, sources, scenes, total)
     elif name in ("clevr", "multi_dsprites_on_colored"):
-        raise InputError(f"no {stem}.tfrecords in {root}/: see the README, Data; "
+        raise InputError(f"no {Path(file).name} in {root}/. To fetch it (the README has its size): "
+                         f"curl -fL --create-dirs --output-dir {root} -C - -O {URL}/{file}. "
                          "--data clevr_like and --data multi_dsprites need no file")
     else:
         arrays = generate(name, split, root, count or train_count, resolution, crop,
@@ -144,7 +148,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
 
 
 def find(root, name):
-    """Returns the path of a download in root; its bucket may stand in its name, or be a folder."""
+    """Returns the path of a download in root, also if it is there as FOLDER_name or FOLDER/name."""
     for pattern in (name, f"*_{name}", f"*/{name}"):
         for path in root.glob(pattern):
             return path
@@ -179,8 +183,8 @@ def folder_arrays(folder, root, resolution, masks=None):
             if path.is_file() and not hidden and masks not in path.parents:
                 (files if path.suffix.lower() in PICTURES else others).append(path)
     if not files:
-        raise InputError(f"{folder} is no dataset ({', '.join([*FILES, *DATASETS])}), "
-                         f"and no folder with pictures ({' '.join(PICTURES)})")
+        raise InputError(f"{folder} is not a folder with pictures ({' '.join(PICTURES)}), "
+                         f"and none of the datasets ({', '.join([*FILES, *DATASETS])})")
     if others:
         say(f"{len(others)} other files left out: {', '.join(path.name for path in others[:5])}")
 
@@ -213,7 +217,7 @@ def read_picture(path):
         Image.open(path, formats=FORMATS).verify()  # checksums, which loading does not look at
         with Image.open(path, formats=FORMATS) as file:
             if file.mode[0] in "IF":
-                raise ValueError("more than 8 bits a channel")
+                raise InputError(f"{path}: more than 8 bits a channel; convert it to 8")
             picture = ImageOps.exif_transpose(file).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
@@ -229,9 +233,9 @@ def read_mask(path, size):
     """Returns the central square of a mask, [h, h] uint8; its picture has a size (W, H)."""
     with reading(path), Image.open(path, formats=["PNG"]) as mask:
         if mask.mode not in ("L", "P"):
-            raise ValueError(f"a mask is a grey or palette PNG of 8 bits, not {mask.mode}")
+            raise InputError(f"{path}: a mask is a grey or palette PNG of 8 bits, not {mask.mode}")
         if mask.size != size:
-            raise ValueError(f"the mask has {mask.size} pixels, its picture {size}")
+            raise InputError(f"{path}: the mask has {mask.size} pixels, its picture {size}")
         return np.array(center_crop(mask, min(size)))
 
 
@@ -339,14 +343,14 @@ TFRECORDS = {  # name: image [H, W, 3]; mask as stored; the axis of the entities
 
 def tfrecord_scenes(path, dataset, resolution, crop):
     """Yields the scenes of one of DeepMind's files, cropped and resized; crop is CLEVR's alone."""
-    stem, limit, _, _ = FILES[dataset]
+    file, limit, _, _ = FILES[dataset]
     is_clevr = dataset == "clevr"
     crop = crop if is_clevr else "none"
 
     def decode(record):
         block = {}
         with reading(path):
-            scene = decode_scene(record, stem)
+            scene = decode_scene(record, Path(file).stem)
             if is_clevr:
                 block["target"] = clevr_target(scene)[None]
         block["image"] = resize(cropped(scene["image"], crop), resolution)[None]
@@ -374,8 +378,8 @@ def read_tfrecords(path, name, limit=None):
 def read_records(path, limit=None):
     """Yields the records of a TFRecord file as bytes, the first `limit` of them.
 
-    A gzip file is read to its end, where its checksum is. Of a file that was decompressed on its
-    way here only the checksums of the records' lengths are verified: the others would take hours.
+    A gzip file is read to its end, where its checksum is. Of a file that is not compressed, only
+    the checksums of the records' lengths are verified: in Python, the others would take hours.
     """
     with reading(path), open(path, "rb") as raw:
         compressed = raw.read(2) == b"\x1f\x8b"
@@ -530,9 +534,10 @@ def cached(name, root, sources, scenes, total):
     """Returns {key: array [n, ...]} of all scenes, mapped from the cache; builds it if need be.
 
     scenes: an iterator of blocks {"image": [m, H, W, 3], "objects": m numbers, ...}, each written
-    as it comes. total: how many scenes are expected. sources: the files that the scenes
-    come from: when one of them changes, there is another cache. It lies in root/cache, or, if
-    nothing can be written there, in data/cache. Of several processes one builds it.
+    as it comes; the iterator is left alone if the cache is there. total: how many scenes are
+    expected. sources: the files that the scenes come from: when one of them changes, there is
+    another cache. It lies in root/cache, or, if nothing can be written there, in data/cache. Of
+    several processes, one builds it and the others wait.
     """
     sources = sorted(sources)
     files = []
@@ -705,9 +710,9 @@ def read_file(path):
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
     """Returns the arrays of scenes drawn by the rules of a dataset, through the cache, as in load.
 
-    The two splits come from two seeds, the same in every run.
+    The splits come from seeds 1 and 2 in every run, so do not test a model on scenes of seed 1.
     """
-    stem, _, _, native = FILES[name]
+    file, _, _, native = FILES[name]
     cache = f"{name}-{split}-{count}"
     if name == "clevr_like":
         max_objects = min(max_objects, 10)
@@ -716,7 +721,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         size = 32  # of a block of scenes
         options = resolution, max(min_objects, 3), max_objects, crop != "none"
     else:
-        say(f"no {stem}.tfrecords in {root}/: {count:,} {split} scenes are generated by its rules")
+        say(f"no {Path(file).name} in {root}/: generating {count:,} scenes like its ({split})")
         if resolution != native:
             raise InputError(f"generated {name} come at --resolution {native} only")
         make_scenes = make_tetrominoes if name == "tetrominoes" else make_multi_dsprites
@@ -853,7 +858,8 @@ def make_multi_dsprites(count, seed):
 
 # --- Synthetic CLEVR, ray-cast ------------------------------------------------------------------
 
-# By code; 0 is no object. A size is a radius, half a height, half a side; a color linear albedo.
+# The sizes and colors of CLEVR_CODES, in their order; the first is that of no object. A size is the
+# radius of a sphere or half the side of a cube; a color is a linear albedo.
 CLEVR_SIZES = np.float32([1, 0.7, 0.35])
 CLEVR_COLORS = to_rgba_array(
     "#ffffff #ad2323 #29d0d0 #1d6914 #2a4bd7 #814a19 #575757 #8126c0 #ffee33".split())[:, :3]

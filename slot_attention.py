@@ -78,7 +78,7 @@ class SlotAttention(nn.Module):
         limit = (6 / (1 + dim)) ** 0.5  # Glorot's: Keras takes [1, 1, D] as 1 input and D outputs
         nn.init.uniform_(self.slots_log_sigma, -limit, limit)
         nn.init.uniform_(self.slots_mu, -limit, limit)
-        if learned_queries:  # the means lie further apart than the noise reaches
+        if learned_queries:  # means ~ N(0, 1), noise times 1/e: the slots start apart
             nn.init.normal_(self.slots_mu)
             nn.init.constant_(self.slots_log_sigma, -1)
 
@@ -106,7 +106,7 @@ class SlotAttention(nn.Module):
         attns = []
         for _ in range(num_iterations or self.num_iterations):
             if self.implicit:
-                # The same value. The gradient skips the iterations before, straight to init.
+                # The value stays; the gradient goes straight to init, past earlier iterations.
                 slots = slots.detach() + (init - init.detach())
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5   # [B, K, D]
@@ -263,7 +263,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Spatial broadcast decoder (section 2.2, appendix E), for each slot alone.
+    """Spatial broadcast decoder (section 2.2, appendix E), applied to each slot by itself.
 
     slots [M, D] -> a picture and a mask's logit [M, 4, H, W], M = B * K. A slot is copied to every
     cell of a grid and gets a position embedding. Then come one transposed convolution per stride
@@ -292,16 +292,16 @@ class Decoder(nn.Module):
 
     def forward(self, slots):
         conv = self.cnn[0]
-        if isinstance(conv, Conv2dSame):
-            x = self.convolve_broadcast(conv, slots)                    # the same in less time
-        else:
+        if isinstance(conv, ConvTranspose2dSame):
             x = conv(self.pos(slots[:, :, None, None]))                 # [M, C, h, w]
+        else:
+            x = self.convolve_broadcast(conv, slots)                    # the same, but faster
         x = self.cnn[1:](x)
         H, W = self.resolution
-        return x[:, :, :H, :W]                                          # [M, 4, H, W]
+        return x[:, :, :H, :W]              # [M, 4, H, W]; the grid's size was rounded up
 
     def convolve_broadcast(self, conv, slots):
-        """Returns conv(pos(slots)) [M, C, h, w], without convolving each slot's grid.
+        """Returns conv(pos(slots)) [M, C, h, w] in a third of the time.
 
         A slot is the same in every cell of the grid. So each of the kernel's k * k taps adds the
         same to every cell, but to those near a border whose tap would lie outside the grid. This
@@ -413,10 +413,10 @@ def adjusted_rand_index(true_mask, pred_mask):
 def minimum_cost_matching(cost):
     """Returns rows (ascending) and cols, [B, min(n, m)] each, of the cheapest matchings.
 
-    For a whole batch of cost [B, n, m] on its device, it is what SciPy's linear_sum_assignment is
-    for one matrix on the CPU. n and m are at most 16 (else ValueError). By dynamic programming:
-    best[S] is the least cost of matching the first |S| rows to the set S of columns; a set is a
-    number with a bit for each member.
+    cost [B, n, m], n and m at most 16 (else ValueError). SciPy's linear_sum_assignment takes one
+    matrix at a time, on the CPU, so that a GPU would wait for it at each step. By dynamic
+    programming: best[S] is the least cost of matching the first |S| rows to the set S of columns; a
+    set is a number with a bit for each member.
     """
     n, m = cost.shape[1:]
     if n > m:
@@ -456,7 +456,7 @@ def hungarian_huber_loss(pred, target):
     cheapest matching assigns to it, summed over the set, averaged over the batch. Padding (rows of
     zeros) is a target too; predictions left over cost nothing.
     """
-    pred, target = torch.broadcast_tensors(pred[:, None], target[:, :, None])
+    pred, target = torch.broadcast_tensors(pred[:, None], target[:, :, None])   # [B, M, K, C]
     cost = F.huber_loss(pred, target, reduction="none").mean(dim=3)     # [B, M, K]
     rows, cols = minimum_cost_matching(cost)                            # [B, min(M, K)]
     image = torch.arange(len(cost), device=cost.device)[:, None]

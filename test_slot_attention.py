@@ -481,7 +481,7 @@ def test_clevr_v1_is_read_and_trained_on(capsys):
     flags = ("--data clevr --data-root . --encoder-channels 8 --batch-size 2 --steps 1 "
              "--resolution 32 --device cpu")
     run(f"{flags} --decoder-strides 2 2 1 --decoder-channels 8 --out a")
-    assert "ari" not in log_of("a")[-1]
+    assert "fg_ari" not in log_of("a")[-1]
     train.main(f"{flags} --task set_prediction --out b".split())
     assert {"ap_inf", "ap_0.125"} <= log_of("b")[-1].keys()
 
@@ -594,7 +594,7 @@ def test_masks_are_entities_by_value():
         arrays = arrays_of(data.load("own", split, resolution=6, masks="masks"))
         assert_array_equal(arrays["label"], [label[:, 2:8]])
     run(f"{TINY} --data own --masks masks --batch-size 1 --resolution 8 --out run")
-    assert "ari" in log_of("run")[-1]
+    assert "fg_ari" in log_of("run")[-1]
 
 
 def test_fg_ari_of_many_entities_and_of_pixels_left_out():
@@ -764,7 +764,7 @@ def test_training_repeats_resumes_and_evaluates(capsys):
     assert same("whole", "parts")
     rows = log_of("whole")
     assert [row["step"] for row in rows] == list(range(1, 7))
-    assert "ari" in rows[2]
+    assert "fg_ari" in rows[2]
     run("--eval whole")
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]).items() <= {**rows[-1], "num_iterations": 10}.items()
@@ -774,7 +774,7 @@ def test_training_repeats_resumes_and_evaluates(capsys):
 
 def test_a_run_is_saved_every_ten_minutes(monkeypatch):
     saved = []
-    monkeypatch.setattr(train, "TEN_MINUTES", 0)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
     monkeypatch.setattr(train, "save", lambda *arguments: saved.append(arguments[-2]))
     run(f"{TINY} --steps 3 --eval-every 3 --out run")
     assert saved == [0, 1, 2, 3]
@@ -1015,9 +1015,9 @@ def score(file, scenes):
 
 
 @parametrize("file, make, metric, least", [
-    ("tetrominoes", lambda: data.make_tetrominoes(128, 12345), "ari", 0.97),
-    ("multi_dsprites", lambda: data.make_multi_dsprites(64, 12345), "ari", 0.75),
-    ("clevr_like", lambda: data.make_clevr_like(8, 12345, 64, max_objects=6), "ari", 0.75),
+    ("tetrominoes", lambda: data.make_tetrominoes(128, 12345), "fg_ari", 0.97),
+    ("multi_dsprites", lambda: data.make_multi_dsprites(64, 12345), "fg_ari", 0.75),
+    ("clevr_like", lambda: data.make_clevr_like(8, 12345, 64, max_objects=6), "fg_ari", 0.75),
     ("set_prediction", lambda: data.make_clevr_like(16, 12345, crop=False), "ap_inf", 0.7)])
 def test_shipped_weights_take_scenes_apart_that_they_never_saw(file, make, metric, least):
     made = make()

@@ -8,7 +8,8 @@
     torchrun --nproc_per_node=N train.py ...    on N GPUs, or N processes: the same training
 
 A run is a folder: checkpoint.pt, log.jsonl (one JSON object a line) and figure.png. The flags below
-are the recipe's values; in brackets are those of the paper's CLEVR6 recipe.
+change a recipe's values. In brackets are those of --data clevr, the paper's CLEVR6 recipe; a run
+begins by printing where its own differ.
 """
 
 import argparse
@@ -42,6 +43,8 @@ from slot_attention import (MODELS, WeightsError, adjusted_rand_index, average_p
 RANK = data.RANK
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+SAVE_EVERY = 600  # seconds at most, or log_every steps if these take longer
+SEED_STRIDE = 1_000_003  # more than the usual numbers of steps: no two seeds share their noise
 
 # --- The recipes --------------------------------------------------------------------------------
 
@@ -54,21 +57,21 @@ class Config:
     like arguments of the model's constructor are passed to it.
     """
     task: Literal["object_discovery", "set_prediction"] = "object_discovery"  # what to learn
-    data: str = "clevr"  # a dataset, or a folder of pictures
-    masks: str = ""  # a folder with the masks of a folder of pictures, for FG-ARI
+    data: str = "clevr"  # tetrominoes, multi_dsprites, clevr, clevr_like ..., or a folder
+    masks: str = ""  # a folder with the masks of your pictures, for FG-ARI
     seed: int = 0  # of weights, order and noise
     # The model
     resolution: int = 128  # height and width of the images
     num_slots: int = 7  # slots, K
-    num_iterations: int = 3  # iterations of attention, T
+    num_iterations: int = 3  # iterations of attention, T; in training only if train_iterations is 0
     slot_dim: int = 64  # size of a slot, D
     mlp_hidden_size: int = 128  # hidden units of the MLP that updates the slots
     encoder_channels: int = 64  # channels of the encoder's 5x5 convolutions
-    encoder_strides: tuple = (1, 1, 1, 1)  # stride of each of them
+    encoder_strides: tuple = (1, 1, 1, 1)  # their strides: a convolution for each
     decoder_channels: int = 64  # channels of the decoder's transposed convolutions
-    decoder_strides: tuple = (2, 2, 2, 2, 1)  # stride of each of them
+    decoder_strides: tuple = (2, 2, 2, 2, 1)  # their strides: a convolution for each
     # The data
-    crop: Literal["paper", "official", "none"] = "paper"  # official: CLEVR_v1.0's off-centre crop
+    crop: Literal["paper", "official", "none"] = "paper"  # none: the whole; official: off centre
     min_objects: int = 0  # only scenes with at least this many objects
     max_objects: int = 6  # only scenes with at most this many objects
     train_count: int = 70_000  # scenes for training, at most
@@ -91,12 +94,12 @@ class Config:
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
     learned_queries: bool = False  # a learned mean for each slot's initial state
     train_iterations: int = 0  # T in training; 0: num_iterations, as in evaluation
-    query_scale: float = 1.0  # factor of the queries' initial weights: 3 helps against stripes
+    query_scale: float = 1.0  # factor of project_q's initial weights: 3 helps against stripes
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
-    pixel_shuffle: int = 1  # the decoder's last layer makes blocks of this many pixels a side
-    clip: float = 0.0  # largest norm of the gradient; 0: any
+    pixel_shuffle: int = 1  # the decoder's last layer makes its map so many times larger
+    clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
     muon: Literal["none", "encoder", "all"] = "none"  # Muon for the matrices; lr then falls to 0
-    slot_loss: float = 0.0  # weight of the slots' own errors at the end; the log's loss has it
+    slot_loss: float = 0.0  # final weight of the loss of each slot by itself; it grows from 0
 
 
 SET_PREDICTION = dict(
@@ -113,7 +116,8 @@ SMALL_64 = dict(
     SMALL, resolution=64, query_scale=3.0, decoder_channels=32, decoder_strides=(1, 1),
     pixel_shuffle=4, steps=6_000)
 SMALL_DSPRITES = dict(
-    SMALL_64, num_slots=6, muon="all", decoder_channels=64, decoder_kernel=3, train_count=40_000)
+    SMALL_64, num_slots=6, learned_queries=True, muon="all", decoder_kernel=3,
+    decoder_strides=(1, 1, 1), pixel_shuffle=2, train_count=60_000)
 SMALL_SET_PREDICTION = dict(
     SMALL, num_slots=10, crop="none", max_objects=10, learned_queries=True, num_iterations=4,
     train_iterations=4, encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
@@ -143,9 +147,10 @@ RECIPES = {  # what differs from Config, by the name of the run's folder; "demo"
 
 
 def train(config, out, checkpoint=None):
-    """Trains by a Config into the folder `out`; from a checkpoint, if given.
+    """Trains as a Config says, and writes the run into the folder `out`.
 
-    A signal ends the program after saving, with exit code 128 + the signal's number.
+    With a checkpoint it resumes. A signal ends the program after saving, with exit code 128 + the
+    signal's number.
     """
     device, autocast = set_up(config)
     torch.manual_seed(config.seed)  # the same weights in every process
@@ -160,7 +165,9 @@ def train(config, out, checkpoint=None):
     log = open_log(out, start)
     if not checkpoint:
         save(out, config, model, optimizers, start, seconds)
-    data.say(f"{len(train_set):,} scenes of {train_set.source}, {len(eval_set):,} held out; {out}")
+    changed = {key: value for key, value in asdict(config).items() if value != getattr(Config, key)}
+    data.say(f"{out}, unlike the paper's CLEVR6 recipe: {changed}")
+    data.say(f"{len(train_set):,} scenes of {train_set.source}, {len(eval_set):,} held out")
 
     stop = catch_signals()
     logged = start
@@ -170,12 +177,14 @@ def train(config, out, checkpoint=None):
     for step in range(start + 1, config.steps + 1):
         model.zero_grad()
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = learning_rate(step - 1, config)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step - 1, config)
         for batch in micro_batches(step - 1, config, train_set, device):
             with autocast:
-                slots = model.slot_attention.init_slots(batch["noise"])
+                slots = model.slot_attention.init_slots(batch["noise"])  # see micro_batches
                 output = compiled(batch["image"], slots,
                                   num_iterations=config.train_iterations or None)
+            # The loss. If you change it, change it in evaluate as well.
             if config.task == "set_prediction":
                 loss = hungarian_huber_loss(output.predictions, batch["target"])   # section 2.3
             else:
@@ -208,7 +217,7 @@ def train(config, out, checkpoint=None):
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 1)
             if at_eval and RANK == 0:
                 row.update(evaluate(model, config, eval_set, device, autocast))
-            saving = at_eval or stopping or time.monotonic() - saved > TEN_MINUTES
+            saving = at_eval or stopping or time.monotonic() - saved > SAVE_EVERY
             write_row(log, row, config, renew=not (saving or logged == start))
             if saving:
                 save(out, config, model, optimizers, step, seconds)
@@ -221,18 +230,15 @@ def train(config, out, checkpoint=None):
             sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
 
 
-TEN_MINUTES = 600  # in seconds: so much a kill costs at most, or log_every steps if these take more
-
-
 def micro_batches(step, config, scenes, device):
     """Yields this process's micro-batches of a step, with the slots' initial noise [B, K, D].
 
-    Order and noise depend on seed and step alone: so a resumed run is the run that it would have
-    been, and any number of processes and micro-batches trains as one does.
+    Order and noise depend on seed and step alone. So a resumed run goes on as if it had never
+    stopped, and any number of processes and micro-batches trains as one does.
     """
     epoch, position = divmod(step, len(scenes) // config.batch_size)
     indices = epoch_batches(config.seed, epoch, len(scenes), config.batch_size)[position]
-    generator = torch.Generator().manual_seed(SEEDS_APART * config.seed + step)
+    generator = torch.Generator().manual_seed(SEED_STRIDE * config.seed + step)
     shape = config.batch_size, config.num_slots, config.slot_dim
     noises = torch.randn(shape, generator=generator)
     size = config.batch_size // (WORLD_SIZE * config.accumulate)
@@ -243,13 +249,10 @@ def micro_batches(step, config, scenes, device):
         yield batch
 
 
-SEEDS_APART = 1_000_003  # more than the usual numbers of steps: no two seeds share their noise
-
-
 @functools.lru_cache(maxsize=1)
 def epoch_batches(seed, epoch, count, batch_size):
     """Returns the batches of an epoch: indices of the training scenes, in a random order."""
-    generator = torch.Generator().manual_seed(SEEDS_APART * seed + epoch)
+    generator = torch.Generator().manual_seed(SEED_STRIDE * seed + epoch)
     return torch.randperm(count, generator=generator).split(batch_size)
 
 
@@ -260,7 +263,7 @@ def sum_over_processes(tensor):
 
 
 def learning_rate(step, config):
-    """Returns the official schedule: warm-up from 0 (at the first step), decay from there on."""
+    """Returns the official schedule: linear warm-up times exponential decay, both from step 0."""
     decay = 0.5 ** (step / config.decay_steps)
     if config.muon != "none":  # not in the paper: linearly to 0
         decay = 1 - step / config.steps
@@ -272,14 +275,14 @@ def learning_rate(step, config):
 
 @torch.no_grad()
 def evaluate(model, config, scenes, device, autocast, num_iterations=None):
-    """Returns a split's mean loss, "eval_loss", and its mean FG-ARI, "ari", if it has masks.
+    """Returns a split's mean loss, "eval_loss", and its mean "fg_ari" if it has masks.
 
     Of set prediction, the average precision at each distance: "ap_inf", "ap_1" ...
     """
     shape = len(scenes), config.num_slots, config.slot_dim
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     eval_loss = 0.0
-    ari = 0.0
+    fg_ari = 0.0
     predictions = []
     targets = []
     size = config.batch_size // (WORLD_SIZE * config.accumulate)  # it fits in memory in training
@@ -295,15 +298,15 @@ def evaluate(model, config, scenes, device, autocast, num_iterations=None):
         else:
             loss = F.mse_loss(output.recon_combined, batch["image"])
             if "label" in batch:
-                ari += foreground_ari(batch["label"], output.masks).double().sum().item()
+                fg_ari += foreground_ari(batch["label"], output.masks).double().sum().item()
         eval_loss += loss.item() * len(index)
     metrics = {"eval_loss": round(eval_loss / len(scenes), 6)}
     if config.task == "set_prediction":
         for distance in (math.inf, 1, 0.5, 0.25, 0.125):
             ap = average_precision_clevr(torch.cat(predictions), torch.cat(targets), distance)
             metrics[f"ap_{distance}"] = round(ap, 4)
-    elif "label" in batch:
-        metrics["ari"] = round(ari / len(scenes), 4)
+    elif "label" in scenes.arrays:
+        metrics["fg_ari"] = round(fg_ari / len(scenes), 4)
     return metrics
 
 
@@ -316,7 +319,7 @@ def foreground_ari(label, masks):
 
 
 def print_evaluation(config, checkpoint):
-    """Prints the metrics after each number of iterations (section 4.1's generalisation)."""
+    """Prints the metrics after 1, 2, 3 ... iterations (generalisation, section 4.1)."""
     scenes = load_scenes(config, "eval")
     device, autocast = set_up(config)
     # Learned queries are as many as in training, whatever --num-slots says.
@@ -337,8 +340,8 @@ def load_scenes(config, split):
     scenes = data.load(config.data, split, config.data_root, count, config.resolution, config.crop,
                        config.min_objects, config.max_objects, config.masks)
     if split == "train" and len(scenes) < config.batch_size:
-        raise data.InputError(f"{len(scenes)} scenes for training are fewer than --batch-size "
-                              f"{config.batch_size}: so many are needed, or a smaller batch")
+        raise data.InputError(f"{len(scenes)} scenes are too few for training: at least "
+                              f"--batch-size {config.batch_size} are needed")
     height, width = scenes.arrays["image"].shape[1:3]
     if not height == width == config.resolution:
         raise data.InputError(f"{config.data} has images of {height} x {width} pixels, not of "
@@ -367,7 +370,7 @@ def set_up(config):
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"
-    data.say(f"{WORLD_SIZE} x {device}, {torch.get_num_threads()} threads, {dtype}")
+    data.say(f"on {WORLD_SIZE} x {device}, threads (--threads): {torch.get_num_threads()}, {dtype}")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -422,7 +425,7 @@ def build_optimizers(config, model, checkpoint=None):
 
 
 def save(out, config, model, optimizers, step, seconds):
-    """Writes the checkpoint. Raises InputError, and keeps the one before, if it is not finite."""
+    """Writes the checkpoint. If it has NaN, raises InputError and keeps the one before."""
     content = {"task": config.task, "arguments": model_arguments(config), "config": asdict(config),
                "model": model.state_dict(), "step": step, "seconds": seconds,
                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
@@ -438,12 +441,12 @@ def check_finite(content, step):
     """Raises InputError if a float, or a tensor, in dicts and lists has NaN or infinite values."""
     for value in tree_leaves(content):
         if isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all():
-            raise data.InputError(f"NaN or infinite values by step {step}: not saved; "
-                                  "try a smaller --lr, or --clip 1")
+            raise data.InputError(f"NaN or infinite values by step {step}: the checkpoint before "
+                                  "is kept; try --resume with a smaller --lr, or with --clip 1")
 
 
 def open_log(out, step):
-    """Opens and locks a run's log, cut to a step: a killed run has logged more than it saved."""
+    """Opens and locks a run's log, without the lines after `step`, which a killed run lost."""
     if RANK > 0:
         return open(os.devnull, "wb")
     path = out / "log.jsonl"
@@ -516,7 +519,8 @@ def add_slot_loss(error, output, image, weight, progress):
     (1 - w) * error + w * mean(sum_k m_k (r_k - x)^2) + 0.007 * weight * progress^4 * sum_k s_k^0.5.
     The second term is larger than the error where masks overlap and pictures differ. The third, of
     the masks' shares s of the image, matters late: then one slot pays less than several for what
-    all of them get right, such as the background. progress goes from 0 to 1 in a training.
+    all of them get right, such as the background. progress goes from 0 to 1 in a training. The
+    numbers were chosen by trials.
     """
     own = (output.masks * (output.recons - image[:, None]) ** 2).sum(dim=1).mean()
     shares = output.masks.mean(dim=(2, 3, 4))                           # [B, K]

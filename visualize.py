@@ -1,13 +1,15 @@
 """Draws what a trained model sees: the paper's Figure 3, and more.
 
-    python visualize.py [RUN ...]                 Figure 3; of several runs its part (a)
-    python visualize.py RUN --figure row          low and wide: all about a scene in one row
+    python visualize.py [RUN ...]                 Figure 3: scenes (a), attention (b) and masks (c)
+                                                  by iteration; of several runs only (a)
+    python visualize.py RUN --figure row          one row per scene, with attention by iteration
     python visualize.py RUN --figure curve        the training curves, of several runs as well
     python visualize.py RUN --images a.png b.jpg  your own pictures
-    python visualize.py RUN --figure clip --images 1.png 2.png ...    slots carried along
+    python visualize.py RUN --figure clip --images 1.png 2.png ...
+                                                  a video: a frame's slots start from the last one's
 
-A RUN is a run's folder or a file of weights; without it, it is the weights that come with the code,
-of Tetrominoes. A model for set prediction has a figure of its own.
+RUN is a run's folder or a file of weights [assets/tetrominoes.pt]. A model for set prediction has a
+figure of its own. Figures are written into the run's folder; for weights, into the current one.
 """
 
 import argparse
@@ -36,8 +38,9 @@ COLORS = to_rgba_array(100 *
 def read_run(path):
     """Returns the checkpoint in a run's folder, or the content of a file of weights, as a dict.
 
-    A file may be somebody else's: of its config only what says what its scenes are is kept. Raises
-    InputError if there is no such file, or none of this project.
+    A file of weights may be somebody else's, so of its config only the name of the dataset, the
+    crop and the numbers of objects are taken. Raises InputError if there is no such file, or none
+    of this project.
     """
     is_run = os.path.isdir(path)
     file = f"{path}/checkpoint.pt" if is_run else path
@@ -147,7 +150,7 @@ def draw(rows, height=1.65):
 
 
 def show_masks(images, output):
-    """Returns a Figure like part (a), of images [B, 3, H, W] in [-1, 1] and the model's output."""
+    """Returns a Figure, as Figure 3 (a), of images [B, 3, H, W] in [-1, 1] and their output."""
     return draw(scene_rows("scene", images, output))
 
 
@@ -193,7 +196,7 @@ def draw_curves(runs):
     for run in runs:
         with data.reading(f"{run}/log.jsonl"), open(f"{run}/log.jsonl") as log:
             rows = list(map(json.loads, log))
-        for key in ("loss", "eval_loss", "ari", "ap_inf", "ap_1", "ap_0.5", "ap_0.25", "ap_0.125"):
+        for key in "loss eval_loss fg_ari ap_inf ap_1 ap_0.5 ap_0.25 ap_0.125".split():
             points = [(row["step"], row[key]) for row in rows if key in row]
             axis = losses if "loss" in key else scores
             if points:
@@ -299,20 +302,20 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", default=[WEIGHTS])
-    add("--figure", choices="abc row curve clip".split(), default="abc")
+    add("--figure", choices="row curve clip".split(), help="another one than Figure 3, see above")
     add("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
     add("--count", type=positive, default=4, help="held-out scenes to draw [4]")
-    add("--num-slots", type=positive, help="other than in training")
-    add("--num-iterations", type=positive, help="other than in training")
-    add("--out", type=Path, help="[figure.png or curve.png, in the run's folder]")
+    add("--num-slots", type=positive, help="slots [as in training]")
+    add("--num-iterations", type=positive, help="iterations [as in training]")
+    add("--out", type=Path, help="[figure.png, row.png, curve.png, clip.png or images.png]")
     args = parser.parse_args(argv)
     with data.one_line_errors(WeightsError):
         is_run = len(args.runs) == 1 and os.path.isdir(args.runs[0])
         folder = args.runs[0] if is_run else ""
-        if args.figure == "curve":
-            save(draw_curves(args.runs), args.out or Path(folder, "curve.png"))
-        else:
-            save(draw_runs(args.runs, args), args.out or Path(folder, "figure.png"))
+        name = args.figure or ("images" if args.images else "figure")
+        out = args.out or Path(folder, f"{name}.png")
+        figure = draw_curves(args.runs) if name == "curve" else draw_runs(args.runs, args)
+        save(figure, out)
 
 
 if __name__ == "__main__":
