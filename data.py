@@ -130,7 +130,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
         arrays = cached(f"{source.name}-{resolution}-{crop}", root, sources, scenes, total)
     elif name in ("clevr", "multi_dsprites_on_colored"):
         raise InputError(f"no {Path(file).name} in {root}/. To fetch it (the README has its size): "
-                         f"curl -fL --create-dirs --output-dir {root} -C - -O {URL}/{file}. "
+                         f"curl -fL --create-dirs --output-dir {root} -C - -O {URL}/{file} ; "
                          "--data clevr_like and --data multi_dsprites need no file")
     else:
         arrays = generate(name, split, root, count or train_count, resolution, crop,
@@ -721,7 +721,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         size = 32  # of a block of scenes
         options = resolution, max(min_objects, 3), max_objects, crop != "none"
     else:
-        say(f"no {Path(file).name} in {root}/: generating {count:,} scenes like its ({split})")
+        say(f"no {Path(file).name} in {root}/: {count:,} generated scenes for {split}")
         if resolution != native:
             raise InputError(f"generated {name} come at --resolution {native} only")
         make_scenes = make_tetrominoes if name == "tetrominoes" else make_multi_dsprites
