@@ -732,7 +732,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         seed = (1 if split == "train" else 2), start
         return make_scenes(min(size, count - start), seed, *options)
 
-    blocks = on_all_cores(make, range(0, count, size))
+    blocks = map(make, range(0, count, size))  # threads would wait for Python's lock
     return cached(cache, root, [], blocks, count)
 
 

@@ -1070,6 +1070,7 @@ train.py --eval=                                                 | No such
 train.py --resume x --eval y                                     | --eval
 train.py --resume x --out y                                      | --out
 train.py --resume {WEIGHTS}                                      | --resume
+train.py --eval {WEIGHTS} --small                                | --small
 train.py --eval {WEIGHTS} --slot-dim 16                          | another model
 train.py --train-count 8 --batch-size 64 --eval-count 8          | --batch-size
 train.py --batch-size 10 --accumulate 4                          | --accumulate

@@ -617,6 +617,8 @@ def parse(argv=None):
     run = getattr(args, "resume", getattr(args, "eval", None))
     checkpoint = visualize.read_run(run) if run is not None else None
     if checkpoint:
+        if "small" in args:
+            parser.error(f"--small is for new runs: {run} has its recipe")
         args.out = Path(run)
         recipe = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
         if recipe.get("device") not in DEVICES:  # a run of another machine
