@@ -116,8 +116,7 @@ SMALL_64 = dict(
     SMALL, resolution=64, query_scale=3.0, decoder_channels=32, decoder_strides=(1, 1),
     pixel_shuffle=4, steps=6_000)
 SMALL_DSPRITES = dict(
-    SMALL_64, num_slots=6, learned_queries=True, muon="all", decoder_kernel=3,
-    decoder_strides=(1, 1, 1), pixel_shuffle=2, train_count=60_000)
+    SMALL_64, num_slots=6, muon="all", decoder_channels=64, decoder_kernel=3, train_count=40_000)
 SMALL_SET_PREDICTION = dict(
     SMALL, num_slots=10, crop="none", max_objects=10, learned_queries=True, num_iterations=4,
     train_iterations=4, encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
