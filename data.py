@@ -203,7 +203,7 @@ def folder_arrays(folder, root, resolution, masks=None):
     sources = [*files]
     if masks:
         sources += map(mask_of, files)
-    blocks = on_all_cores(read, files)
+    blocks = in_threads(read, files)
     arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks, len(files))
     if masks and not arrays["objects"].any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
@@ -303,7 +303,7 @@ def clevr_v1_scenes(folder, resolution, crop):
         image = resize(picture, resolution)
         return {"image": image[None], "target": target[None], "objects": [int(target[:, 18].sum())]}
 
-    yield from on_all_cores(read, jobs)  # lazily: with a cache, not even the JSON is read
+    yield from in_threads(read, jobs)  # lazily: with a cache, not even the JSON is read
 
 
 def cropped(picture, crop):
@@ -333,11 +333,11 @@ def resize_nearest(labels, resolution):
 
 # --- TensorFlow's file formats, without TensorFlow ----------------------------------------------
 
-TFRECORDS = {  # name: image [H, W, 3]; mask as stored; the axis of the entities there
-    "tetrominoes": ((35, 35, 3), (4, 35, 35), 0),
-    "multi_dsprites_colored_on_grayscale": ((64, 64, 3), (64, 64, 6), 2),
-    "multi_dsprites_colored_on_colored": ((64, 64, 3), (64, 64, 5), 2),
-    "clevr_with_masks": ((240, 320, 3), (11, 240, 320), 0),
+TFRECORDS = {  # name: shape of the mask as stored; the axis of the entities in it
+    "tetrominoes": ((4, 35, 35), 0),
+    "multi_dsprites_colored_on_grayscale": ((64, 64, 6), 2),
+    "multi_dsprites_colored_on_colored": ((64, 64, 5), 2),
+    "clevr_with_masks": ((11, 240, 320), 0),
 }
 
 
@@ -359,7 +359,7 @@ def tfrecord_scenes(path, dataset, resolution, crop):
         block["objects"] = [round(float(scene["visibility"].sum())) - 1]  # not the background
         return block
 
-    return on_all_cores(decode, read_records(path, limit))
+    return in_threads(decode, read_records(path, limit))
 
 
 def read_tfrecords(path, name, limit=None):
@@ -403,11 +403,11 @@ def read_records(path, limit=None):
 
 def decode_scene(record, name):
     """Returns the scene of a record as a dict of arrays, see read_tfrecords."""
-    image_shape, mask_shape, entity_axis = TFRECORDS[name.removesuffix("_train")]
+    mask_shape, entity_axis = TFRECORDS[name.removesuffix("_train")]
     scene = parse_example(record)
-    scene["image"] = scene["image"].reshape(image_shape)
     mask = np.moveaxis(scene["mask"].reshape(mask_shape), entity_axis, 0) != 0
-    scene["mask"] = mask.view(np.uint8)
+    scene["mask"] = mask.view(np.uint8)                                         # [E, H, W]
+    scene["image"] = scene["image"].reshape(*mask.shape[1:], 3)
     for key, array in scene.items():
         if array.size == 3 * len(mask):  # a colour or a place of each entity
             scene[key] = array.reshape(-1, 3)
@@ -599,17 +599,19 @@ def read_cache(path):
     return {"objects": objects, **{key: np.asarray(records[key]) for key in records.dtype.names}}
 
 
-def on_all_cores(function, jobs):
-    """Yields function(job) of each job, in their order. Few jobs are taken ahead."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def in_threads(function, jobs):
+    """Yields function(job) of each job, in order, from as many threads as torch would use.
+
+    Few jobs are taken ahead.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the cores are busy with jobs of their own
+    torch.set_num_threads(1)  # in each of them
     results = deque()
     try:
-        with ThreadPoolExecutor(cores) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             for job in jobs:
                 results.append(pool.submit(function, job))
-                if len(results) > 2 * cores:
+                if len(results) > 2 * threads:
                     yield results.popleft().result()
             while results:
                 yield results.popleft().result()

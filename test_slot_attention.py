@@ -663,7 +663,7 @@ def test_scenes_are_written_as_they_come():
 
     data.cached("mine", Path(), [], watched(), 50)
     jobs = iter(range(100_000))
-    results = data.on_all_cores(str, jobs)
+    results = data.in_threads(str, jobs)
     assert next(results) == "0" and next(jobs) < 5_000
     results.close()
 
