@@ -17,7 +17,8 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Before torch: its threads spin at every barrier, and so stall beside other busy processes.
+# Before torch is imported: OpenMP's threads busy-wait after each loop, which stalls training when
+# other processes are busy.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -111,23 +112,13 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if masks and name in FILES:
         raise InputError(f"--masks is for a folder of pictures, not for {name}")
     root = Path(root)
-    file, total, train_count, native = FILES.get(name, (None, None, np.inf, 128))
+    file, _, train_count, native = FILES.get(name, (None, None, np.inf, 128))
     resolution = resolution or native
-    source = file and find(root, Path(file).name)
-    if name == "clevr" and not source:
-        source = find(root, "CLEVR_v1.0")
+    path = find(name, root) if name in FILES else Path(name).resolve()
     if name not in FILES:
-        source = Path(name).resolve()
-        arrays = folder_arrays(source, root, resolution, masks and Path(masks).resolve())
-    elif source:
-        if source.is_dir():
-            sources = source.glob("scenes/*.json")
-            scenes = clevr_v1_scenes(source, resolution, crop)
-            total = 85_000
-        else:
-            sources = [source]
-            scenes = tfrecord_scenes(source, name, resolution, crop)
-        arrays = cached(f"{source.name}-{resolution}-{crop}", root, sources, scenes, total)
+        arrays = folder_arrays(path, root, resolution, masks and Path(masks).resolve())
+    elif path:
+        arrays = official_arrays(path, name, root, resolution, crop)
     elif name in ("clevr", "multi_dsprites_on_colored"):
         raise InputError(f"no {Path(file).name} in {root}/. To fetch it (the README has its size): "
                          f"curl -fL --create-dirs --output-dir {root} -C - -O {URL}/{file} ; "
@@ -135,23 +126,45 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     else:
         arrays = generate(name, split, root, count or train_count, resolution, crop,
                           min_objects, max_objects)
+    source = f"generated {name}"
     index = np.arange(len(arrays["objects"]))
-    if source:
+    if path:  # one set, of which a split is a part
+        source = path.name.removesuffix(".tfrecords")
         index = split_index(len(index), split, train_count)
     objects = arrays["objects"][index]
     index = index[(objects >= min_objects) & (objects <= max_objects)][:count]
     if len(objects) and len(index) == 0:
         raise InputError(f"no {split} scene of {name} has {min_objects} to {max_objects} objects "
                          "(--min-objects, --max-objects)")
-    source = source.name.removesuffix(".tfrecords") if source else f"generated {name}"
     return Scenes(arrays["image"], arrays.get("label"), arrays.get("target"), index, source)
 
 
-def find(root, name):
-    """Returns the path of a download in root, also if it is there as FOLDER_name or FOLDER/name."""
-    for pattern in (name, f"*_{name}", f"*/{name}"):
-        for path in root.glob(pattern):
-            return path
+def find(name, root):
+    """Returns the path of a dataset's official file in root, or of CLEVR_v1.0's folder; or None.
+
+    A browser names a download FOLDER_name, and other programs FOLDER/name.
+    """
+    file, _, _, _ = FILES[name]
+    names = [Path(file).name] if file else []
+    if name == "clevr":
+        names.append("CLEVR_v1.0")
+    for name in names:
+        for pattern in (name, f"*_{name}", f"*/{name}"):
+            for path in root.glob(pattern):
+                return path
+
+
+def official_arrays(path, name, root, resolution, crop):
+    """Returns the arrays of an official file, or of CLEVR_v1.0's folder, through the cache."""
+    if path.is_dir():
+        sources = path.glob("scenes/*.json")
+        scenes = clevr_v1_scenes(path, resolution, crop)
+        total = 85_000
+    else:
+        sources = [path]
+        scenes = tfrecord_scenes(path, name, resolution, crop)
+        _, total, _, _ = FILES[name]
+    return cached(f"{path.name}-{resolution}-{crop}", root, sources, scenes, total)
 
 
 def split_index(n, split, train_count):
@@ -161,7 +174,7 @@ def split_index(n, split, train_count):
     """
     order = np.arange(n)
     if n <= train_count:
-        order = np.random.default_rng(0).permutation(n)[::-1]
+        order = np.random.default_rng(0).permutation(n)
         train_count = n - min(320, max(1, n // 10))
     return np.sort(order[:train_count] if split == "train" else order[train_count:])
 
@@ -169,7 +182,7 @@ def split_index(n, split, train_count):
 # --- A folder of pictures -----------------------------------------------------------------------
 
 PICTURES = (*IMG_EXTENSIONS, ".gif")
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # none of them runs a program
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not EPS: that runs a program
 
 
 @functools.lru_cache  # once in a run
@@ -272,7 +285,7 @@ def clevr_target(scene):
         columns += [words == name for name in names]
     columns.append(np.ones(len(entities)))
     target = np.stack(columns, axis=1).astype(np.float32)
-    if not (np.abs(target[:, :3]) < 10).all():  # NaN is not, either
+    if not (np.abs(target[:, :3]) < 10).all():  # nor is NaN
         raise ValueError("its coordinates are not CLEVR's")
     return np.pad(target, ((0, 10 - len(entities)), (0, 0)))  # ValueError for more than 10
 
@@ -326,7 +339,7 @@ def resize(picture, resolution):
 
 def resize_nearest(labels, resolution):
     """Resizes [H, W, ...] to the nearest pixels."""
-    centers = 2 * np.arange(resolution) + 1  # of the new pixels, in halves of them
+    centers = 2 * np.arange(resolution) + 1  # of the new pixels, in half pixels
     rows, cols = (centers * size // (2 * resolution) for size in labels.shape[:2])
     return labels[rows[:, None], cols]
 
@@ -563,12 +576,12 @@ def cached(name, root, sources, scenes, total):
             if not path.exists():  # another process may have built it meanwhile
                 write_cache(path, scenes, total)
         return read_cache(path)
-    raise InputError("there is no folder to write the cache to; go to one that can be written")
+    raise InputError("there is no folder to write the cache to: run from one that can be written")
 
 
 def write_cache(path, scenes, total):
     """Writes blocks of scenes as they come: the member "records" of a zip file, not compressed."""
-    say(f"building {path}, once, of about {total:,} scenes")
+    say(f"writing about {total:,} scenes into {path} (only the first time)")
     objects = []
     with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("records", "w", force_zip64=True) as stream:
@@ -583,13 +596,14 @@ def write_cache(path, scenes, total):
             raise InputError(f"there is no scene to build {path} from")
         about = {"start": start, "fields": fields, "objects": objects}
         archive.writestr("about.json", json.dumps(about))
-    say(f"built {path}: {len(objects):,} scenes")
+    say(f"wrote {len(objects):,} scenes")
 
 
 @functools.lru_cache  # its checksums are verified once in a run
 def read_cache(path):
     """Returns the arrays of a cache, mapped, and the numbers of objects."""
     with reading(path, "; it can be deleted"), zipfile.ZipFile(path) as archive:
+        say(f"verifying {path}", renew=True)
         if RANK == 0 and archive.testzip():
             raise ValueError("a checksum is wrong")
         about = json.loads(archive.read("about.json"))
@@ -646,10 +660,15 @@ def duration(seconds):
 
 @contextlib.contextmanager
 def one_line_errors(*others):
-    """Ends the program with one line and exit code 2 after an InputError, or one of the others."""
+    """Ends the program with one line and exit code 2 after an InputError, or one of the others.
+
+    Under `python -X dev` the traceback is shown, also that of what a damaged file raised.
+    """
     try:
         yield
     except (InputError, *others) as error:
+        if sys.flags.dev_mode:  # python -X dev
+            raise
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -664,7 +683,7 @@ def reading(path, hint=""):
     except Exception as error:  # PIL, torch and zipfile have many ways to say it
         reason = getattr(error, "strerror", None)
         if not reason:
-            reason = f"it is damaged or of another kind, {error!r:.100}"
+            reason = f"it is damaged, or not such a file: {error!r:.100}"
         raise InputError(f"{path}: {reason}{hint}") from error
 
 
@@ -707,6 +726,7 @@ def read_file(path):
 
 
 # --- Generated scenes ---------------------------------------------------------------------------
+# They are cached: if you change what they look like, change CACHE_VERSION as well.
 
 
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
@@ -723,7 +743,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         size = 32  # of a block of scenes
         options = resolution, max(min_objects, 3), max_objects, crop != "none"
     else:
-        say(f"no {Path(file).name} in {root}/: {count:,} generated scenes for {split}")
+        say(f"{count:,} generated scenes for {split} (there is no {Path(file).name} in {root}/)")
         if resolution != native:
             raise InputError(f"generated {name} come at --resolution {native} only")
         make_scenes = make_tetrominoes if name == "tetrominoes" else make_multi_dsprites
@@ -865,17 +885,18 @@ def make_multi_dsprites(count, seed):
 CLEVR_SIZES = np.float32([1, 0.7, 0.35])
 CLEVR_COLORS = to_rgba_array(
     "#ffffff #ad2323 #29d0d0 #1d6914 #2a4bd7 #814a19 #575757 #8126c0 #ffee33".split())[:, :3]
-# A solid of size 1 has six limits: |ball * point| <= 1, and on each axis |box * point| <= 1 (0: no
-# limit). By shape: the ground, sphere, cylinder, cube, whose corners a ball of radius 1.61 cuts
-# off. Last, the square of its radius, and 1 % more: 0 of the ground, which no ray is near to.
+# A solid of size 1 is where |ball * point| <= 1 and, on each axis, |box * point| <= 1. 0: no limit.
+# A ball of radius 1.61 cuts off the cube's corners. reach is the square of the solid's radius, and
+# 1 % more; 0 for the ground, so that no ray is near to it.
 CLEVR_SOLIDS = np.loadtxt("""
-    0  1     1     0.62
-    0  1     1     0.62
-    0  1     0     0.62
-    0  0     0     1
-    0  0     0     1
-    0  0     1     1
-    0  1.01  2.02  2.63
+#   ground  sphere  cylinder  cube
+    0       1       1         0.62   # ball, x
+    0       1       1         0.62   #       y
+    0       1       0         0.62   #       z
+    0       0       0         1      # box, x
+    0       0       0         1      #      y
+    0       0       1         1      #      z
+    0       1.01    2.02      2.63   # reach
 """.splitlines())
 # The mean camera, aimed at the origin, and its focal length (pixels of the 480 x 320 frame) fit the
 # pixel_coords of CLEVR_v1.0; the power of key, fill and back lamp and the ambient light fit bare
@@ -925,7 +946,7 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
 def draw_clevr_scene(rng, number):
     """Draws a scene by the rules of CLEVR's generator: its factors [11], and a ClevrScene of them.
 
-    As there, all begins anew if an object finds no place, or shows under 200 pixels of 240 x 320.
+    As there, it starts over if an object finds no place, or shows under 200 pixels of 240 x 320.
     """
     camera = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3)
     lamps = CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
@@ -949,7 +970,7 @@ def draw_clevr_scene(rng, number):
         place[i] = fitting[0]
     factors["x"], factors["y"] = place.T
     factors["z"] = size
-    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # CLEVR takes it for radians
+    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # CLEVR takes them for radians
     factors = {
         key: np.pad(values, (1, 10 - number))
         for key, values in factors.items()
@@ -1032,7 +1053,7 @@ class ClevrScene:
         return self.camera.expand_as(direction), direction
 
     def intersect(self, origin, direction):
-        """Returns how far rays go before each solid, and then inside, as a share of that.
+        """Returns how far rays go before each solid, and how far inside it, divided by the former.
 
         [R, E] each; inf and 0 if they go past it.
         """

@@ -29,7 +29,8 @@ class SlotAttention(nn.Module):
     num_slots: K. dim: D. num_iterations: T. inputs_dim: D_in, D if not given.
     implicit: the gradient of the slots flows through the last iteration only (Chang et al., 2022),
         and unchanged to the initial slots (Jia et al., 2023).
-    learned_queries: each slot has a learned mean of its own (BO-QSA, Jia et al., 2023).
+    learned_queries: each slot has a learned mean of its own, as in BO-QSA (Jia et al., 2023), and
+        the noise stays.
     Call it outside of autocast, as the models below do: bfloat16 would lose eps.
     """
 
@@ -85,7 +86,7 @@ class SlotAttention(nn.Module):
     def init_slots(self, noise):
         """Returns initial slots [B, K, D] ~ N(mu, sigma) from standard normal noise [B, K, D]."""
         K = noise.shape[1]
-        mu = self.slots_mu.repeat(1, K, 1)[:, :K]  # fewer means than slots: used in turn
+        mu = self.slots_mu.repeat(1, K, 1)[:, :K]  # one mean for all, or learned ones in turn
         return mu + self.slots_log_sigma.exp() * noise
 
     def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):
@@ -101,12 +102,13 @@ class SlotAttention(nn.Module):
         if slots is None:
             shape = len(inputs), num_slots or self.num_slots, self.dim
             slots = self.init_slots(torch.randn(shape, device=k.device))
-        slots = slots.to(self.slots_mu.dtype)                           # [B, K, D]
+        slots = slots.to(self.slots_mu.dtype)               # [B, K, D]; they may come in bfloat16
         init = slots
         attns = []
         for _ in range(num_iterations or self.num_iterations):
             if self.implicit:
-                # The value stays; the gradient goes straight to init, past earlier iterations.
+                # The value stays. The gradient goes straight to init: only the last iteration's
+                # steps below have one.
                 slots = slots.detach() + (init - init.detach())
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5   # [B, K, D]
@@ -161,7 +163,7 @@ class SlotAttentionAutoEncoder(nn.Module):
                                decoder_kernel, pixel_shuffle)
 
     def forward(self, image, slots=None, num_slots=None, num_iterations=None):
-        """Returns an AutoEncoderOutput for image [B, 3, H, W] in [-1, 1]:
+        """Returns an AutoEncoderOutput for image [B, 3, H, W] in [-1, 1].
 
         recon_combined [B, 3, H, W]: the image again, the sum of recons * masks over the slots;
         recons [B, K, 3, H, W]: the slots' pictures, also in [-1, 1], but not clipped;
@@ -212,7 +214,7 @@ class SlotAttentionClassifier(nn.Module):
         keras_init(self.mlp_classifier)
 
     def forward(self, image, slots=None, num_slots=None, num_iterations=None):
-        """Returns a SetPrediction for image [B, 3, H, W] in [-1, 1]:
+        """Returns a SetPrediction for image [B, 3, H, W] in [-1, 1].
 
         predictions [B, K, 19] in [0, 1]: an object per slot; slots [B, K, D]; attn [B, T, K, h, w].
         The arguments slots, num_slots and num_iterations are as in SlotAttention.forward.
@@ -253,7 +255,7 @@ class Encoder(nn.Module):
         self.pos = SoftPositionEmbed(channels, self.grid_size)
         self.layer_norm = nn.LayerNorm(channels, eps=1e-3)
         self.mlp = nn.Sequential(nn.Linear(channels, dim), nn.ReLU(), nn.Linear(dim, dim))
-        keras_init(self)
+        keras_init(self)  # of all layers above: load pretrained ones after it
 
     def forward(self, image):
         x = self.cnn(image)                                             # [B, C, h, w]
@@ -292,7 +294,7 @@ class Decoder(nn.Module):
 
     def forward(self, slots):
         conv = self.cnn[0]
-        if isinstance(conv, ConvTranspose2dSame):
+        if type(conv) is not Conv2dSame:
             x = conv(self.pos(slots[:, :, None, None]))                 # [M, C, h, w]
         else:
             x = self.convolve_broadcast(conv, slots)                    # the same, but faster
@@ -304,7 +306,7 @@ class Decoder(nn.Module):
         """Returns conv(pos(slots)) [M, C, h, w] in a third of the time.
 
         A slot is the same in every cell of the grid. So each of the kernel's k * k taps adds the
-        same to every cell, but to those near a border whose tap would lie outside the grid. This
+        same to every cell, except to those near a border whose tap is outside the grid. This
         holds because pos adds the same map to every slot: if you change pos, delete this method,
         and its branch in forward.
         """
@@ -352,13 +354,13 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
         stride = self.stride[0]
         y = F.conv_transpose2d(x, self.weight, None, stride, padding=(k - stride) // 2)
         y = y[:, :, :stride * x.shape[2], :stride * x.shape[3]]
-        return y + self.bias.to(y.dtype).view(-1, 1, 1)  # apart: faster on CPUs
+        return y + self.bias.to(y.dtype).view(-1, 1, 1)  # added separately: faster on CPUs
 
 
 class SoftPositionEmbed(nn.Module):
     """Adds a learned linear map of each cell's distances to the four borders (appendix E).
 
-    [B, C, h, w], or [B, C, 1, 1]: the same in every cell, -> [B, C, h, w].
+    x [B, C, h, w], or [B, C, 1, 1], which is broadcast. Returns [B, C, h, w].
     """
 
     def __init__(self, channels, grid_size):
@@ -523,7 +525,7 @@ def load_model(checkpoint):
         arguments = dict(checkpoint["arguments"])
         weights = dict(checkpoint["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError("no checkpoint and no weights of this project") from error
+        raise WeightsError("not a checkpoint, or weights, of this project") from error
     model = model_class(**arguments)
     load_weights(model, weights)
     return model
@@ -543,7 +545,7 @@ def load_weights(model, weights):
 # encoder_cnn/layer_with_weights-1/kernel becomes encoder.cnn.2.weight.
 OFFICIAL_NAMES = [
     (r"^network/layer_with_weights-0/|/\.ATTRIBUTES/VARIABLE_VALUE$", ""),
-    (r"layer_with_weights-(\d+)", lambda match: str(2 * int(match[1]))),  # each second is a ReLU
+    (r"layer_with_weights-(\d+)", lambda match: str(2 * int(match[1]))),  # ReLUs between
     (r"^(encoder|decoder)_", r"\1."),
     (r"^(mlp|layer_norm)/", r"encoder.\1."),
     (r"/", "."),
@@ -573,10 +575,11 @@ def load_official_weights(model, variables):
             z, r, h = value.chunk(3, dim=-1)                            # Keras' order of the gates
             value = torch.cat([r, z, h], dim=-1)                        # PyTorch's
         if value.dim() == 4:
-            value = value.permute(3, 2, 0, 1)                           # to [out, in, k, k]
+            # [k, k, in, out] to [out, in, k, k]; of transposed ones, both have in and out swapped.
+            value = value.permute(3, 2, 0, 1)
             layer = layers.get(name.removesuffix(".weight"))
             if name.startswith("decoder") and isinstance(layer, Conv2dSame):
-                value = value.transpose(0, 1).flip(2, 3)                # theirs is transposed
+                value = value.transpose(0, 1).flip(2, 3)  # at stride 1, not transposed here
         elif "weight" in name:
             value = value.t()
         if name.endswith("gru.bias"):                                   # [2, 3 * D]

@@ -2,14 +2,14 @@
 
     python train.py                             the demo: a few minutes on two CPU cores
     python train.py --data clevr                the paper's recipe for CLEVR6, for a GPU
-    python train.py --data clevr --small        a small model and a short schedule, for a CPU
+    python train.py --data clevr_like --small   a small model and a short schedule, for a CPU
     python train.py --data FOLDER --small       your own pictures
     python train.py --resume RUN                continue a run; --eval RUN: evaluate it
     torchrun --nproc_per_node=N train.py ...    on N GPUs, or N processes: the same training
 
 A run is a folder: checkpoint.pt, log.jsonl (one JSON object a line) and figure.png. The flags below
-change a recipe's values. In brackets are those of --data clevr, the paper's CLEVR6 recipe; a run
-begins by printing where its own differ.
+change a recipe's values. In brackets are those of the paper's CLEVR6 recipe; a run begins by
+printing where its own differ.
 """
 
 import argparse
@@ -43,10 +43,12 @@ from slot_attention import (MODELS, WeightsError, adjusted_rand_index, average_p
 RANK = data.RANK
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-SAVE_EVERY = 600  # seconds at most, or log_every steps if these take longer
+SAVE_EVERY = 600  # seconds, at the next line of the log
 SEED_STRIDE = 1_000_003  # more than the usual numbers of steps: no two seeds share their noise
 
 # --- The recipes --------------------------------------------------------------------------------
+
+CROPS = Literal["paper", "official", "none"]
 
 
 @dataclass
@@ -54,7 +56,8 @@ class Config:
     """The paper's recipe for CLEVR6 (appendix E).
 
     Each field is a flag (--batch-size), and its comment the help text. The fields that are named
-    like arguments of the model's constructor are passed to it.
+    like arguments of the model's constructor are passed to it. If you add one: a float's default
+    is 0.0, not 0, and no number may be below 0.
     """
     task: Literal["object_discovery", "set_prediction"] = "object_discovery"  # what to learn
     data: str = "clevr"  # tetrominoes, multi_dsprites, clevr, clevr_like ..., or a folder
@@ -63,7 +66,7 @@ class Config:
     # The model
     resolution: int = 128  # height and width of the images
     num_slots: int = 7  # slots, K
-    num_iterations: int = 3  # iterations of attention, T; in training only if train_iterations is 0
+    num_iterations: int = 3  # T in evaluation, and in training if train_iterations is 0
     slot_dim: int = 64  # size of a slot, D
     mlp_hidden_size: int = 128  # hidden units of the MLP that updates the slots
     encoder_channels: int = 64  # channels of the encoder's 5x5 convolutions
@@ -71,7 +74,7 @@ class Config:
     decoder_channels: int = 64  # channels of the decoder's transposed convolutions
     decoder_strides: tuple = (2, 2, 2, 2, 1)  # their strides: a convolution for each
     # The data
-    crop: Literal["paper", "official", "none"] = "paper"  # none: the whole; official: off centre
+    crop: CROPS = "paper"  # paper: central square; official: off centre in CLEVR_v1.0; none: whole
     min_objects: int = 0  # only scenes with at least this many objects
     max_objects: int = 6  # only scenes with at most this many objects
     train_count: int = 70_000  # scenes for training, at most
@@ -82,7 +85,7 @@ class Config:
     steps: int = 500_000  # steps
     lr: float = 4e-4  # learning rate of Adam; Muon's is ten times this
     warmup: int = 10_000  # steps of linear warm-up
-    decay_steps: int = 100_000  # the learning rate halves in so many steps (not with Muon)
+    decay_steps: int = 100_000  # steps in which the learning rate halves (not with Muon)
     eval_every: int = 5_000  # steps between evaluations
     log_every: int = 10  # steps between lines of log.jsonl
     accumulate: int = 1  # micro-batches a step: less memory, the same gradient
@@ -96,7 +99,7 @@ class Config:
     train_iterations: int = 0  # T in training; 0: num_iterations, as in evaluation
     query_scale: float = 1.0  # factor of project_q's initial weights: 3 helps against stripes
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
-    pixel_shuffle: int = 1  # the decoder's last layer makes its map so many times larger
+    pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
     muon: Literal["none", "encoder", "all"] = "none"  # Muon for the matrices; lr then falls to 0
     slot_loss: float = 0.0  # final weight of the loss of each slot by itself; it grows from 0
@@ -165,7 +168,7 @@ def train(config, out, checkpoint=None):
     if not checkpoint:
         save(out, config, model, optimizers, start, seconds)
     changed = {key: value for key, value in asdict(config).items() if value != getattr(Config, key)}
-    data.say(f"{out}, unlike the paper's CLEVR6 recipe: {changed}")
+    data.say(f"{out} differs from the paper's CLEVR6 recipe in: {changed}")
     data.say(f"{len(train_set):,} scenes of {train_set.source}, {len(eval_set):,} held out")
 
     stop = catch_signals()
@@ -206,18 +209,19 @@ def train(config, out, checkpoint=None):
         at_eval = step % config.eval_every == 0 or step == config.steps
         if at_eval or stopping or step % config.log_every == 0:
             sum_over_processes(total)
-            loss = total.item() / (step - logged)
+            mean_loss = total.item() / (step - logged)
             duration = time.perf_counter() - clock
             seconds += duration
             rate = (step - logged) * config.batch_size / duration
-            row = {"step": step, "loss": loss, "seconds": round(seconds, 1),
+            row = {"step": step, "loss": mean_loss, "seconds": round(seconds, 1),
                    "images_per_s": round(rate, 1)}
             if config.device == "cuda":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 1)
             if at_eval and RANK == 0:
                 row.update(evaluate(model, config, eval_set, device, autocast))
             saving = at_eval or stopping or time.monotonic() - saved > SAVE_EVERY
-            write_row(log, row, config, renew=not (saving or logged == start))
+            stays = saving or logged == start  # the first line, too
+            write_row(log, row, config, renew=not stays)
             if saving:
                 save(out, config, model, optimizers, step, seconds)
                 saved = time.monotonic()
@@ -235,7 +239,7 @@ def micro_batches(step, config, scenes, device):
     Order and noise depend on seed and step alone. So a resumed run goes on as if it had never
     stopped, and any number of processes and micro-batches trains as one does.
     """
-    epoch, position = divmod(step, len(scenes) // config.batch_size)
+    epoch, position = divmod(step, len(scenes) // config.batch_size)  # only whole batches
     indices = epoch_batches(config.seed, epoch, len(scenes), config.batch_size)[position]
     generator = torch.Generator().manual_seed(SEED_STRIDE * config.seed + step)
     shape = config.batch_size, config.num_slots, config.slot_dim
@@ -276,7 +280,7 @@ def learning_rate(step, config):
 def evaluate(model, config, scenes, device, autocast, num_iterations=None):
     """Returns a split's mean loss, "eval_loss", and its mean "fg_ari" if it has masks.
 
-    Of set prediction, the average precision at each distance: "ap_inf", "ap_1" ...
+    For set prediction, the average precision within each distance: "ap_inf", "ap_1" ...
     """
     shape = len(scenes), config.num_slots, config.slot_dim
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -339,8 +343,8 @@ def load_scenes(config, split):
     scenes = data.load(config.data, split, config.data_root, count, config.resolution, config.crop,
                        config.min_objects, config.max_objects, config.masks)
     if split == "train" and len(scenes) < config.batch_size:
-        raise data.InputError(f"{len(scenes)} scenes are too few for training: at least "
-                              f"--batch-size {config.batch_size} are needed")
+        raise data.InputError(f"{len(scenes)} scenes for training are fewer than --batch-size "
+                              f"{config.batch_size}: add some, or choose a smaller one")
     height, width = scenes.arrays["image"].shape[1:3]
     if not height == width == config.resolution:
         raise data.InputError(f"{config.data} has images of {height} x {width} pixels, not of "
@@ -349,7 +353,10 @@ def load_scenes(config, split):
 
 
 def set_up(config):
-    """Prepares the hardware. Returns the device, and the autocast to bfloat16, which may be off."""
+    """Prepares hardware and processes, and writes the number of threads into the config.
+
+    Returns the device, and the autocast to bfloat16, which may be off.
+    """
     if config.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -369,7 +376,7 @@ def set_up(config):
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"
-    data.say(f"on {WORLD_SIZE} x {device}, threads (--threads): {torch.get_num_threads()}, {dtype}")
+    data.say(f"on {WORLD_SIZE} x {device}, {dtype}, threads: {torch.get_num_threads()} (--threads)")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -440,8 +447,8 @@ def check_finite(content, step):
     """Raises InputError if a float, or a tensor, in dicts and lists has NaN or infinite values."""
     for value in tree_leaves(content):
         if isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all():
-            raise data.InputError(f"NaN or infinite values by step {step}: the checkpoint before "
-                                  "is kept; try --resume with a smaller --lr, or with --clip 1")
+            raise data.InputError(f"NaN or infinite values by step {step}: not saved. To go on "
+                                  "from before: --resume with a smaller --lr, or with --clip 1")
 
 
 def open_log(out, step):
@@ -531,8 +538,8 @@ def add_slot_loss(error, output, image, weight, progress):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan, 2024) for matrices; a kernel counts as a matrix [first dimension, the others].
 
-    A matrix moves by its momentum with the singular values, but the smallest, set to about 1: so
-    all directions are learned at the same speed, also those whose gradients are small.
+    The update is the momentum with its singular values, except the smallest, set to about 1. So all
+    directions are learned at the same speed, also those whose gradients are small.
     """
 
     def __init__(self, parameters):
@@ -554,7 +561,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix):
-    """Sets singular values, but the smallest, to about 1: five steps of Newton-Schulz.
+    """Sets singular values, except the smallest, to about 1: five steps of Newton-Schulz.
 
     Each step maps them by x -> 3.4445 x - 4.7750 x^3 + 2.0315 x^5.
     """
@@ -571,7 +578,8 @@ def muon_and_adam(model, layers):
     """Returns Muon for the hidden layers' matrices, and Adam for all else.
 
     Not for the model's first and last matrix, nor for initial slots and positions. With
-    layers="encoder" not for the decoder's either: with them slots may end in stripes.
+    layers="encoder" not for the decoder's either: with them slots may end in stripes. Adam's betas
+    are 0.9 and 0.95 then.
     """
     matrices = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
     others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
@@ -609,7 +617,8 @@ def parse(argv=None):
         elif field.type is tuple:
             how = {"type": int, "nargs": "+"}
         flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, help=f"{comments.get(field.name)} [{field.default}]", **how)
+        text = f"{comments.get(field.name)} [CLEVR6: {field.default}]"
+        parser.add_argument(flag, help=text, **how)
     args = parser.parse_args(argv)
     typed = {key: value for key, value in vars(args).items() if hasattr(Config, key)}
 
@@ -632,8 +641,9 @@ def parse(argv=None):
         name, recipe = find_recipe(typed, "small" in args)
         args.out = getattr(args, "out", Path("runs", name))
         if RANK == 0 and os.path.exists(args.out / "checkpoint.pt"):
-            parser.error(f"{args.out}/ holds a run: --resume {args.out}, or choose another --out")
+            parser.error(f"{args.out}/ holds a run: --resume or delete it, or choose another --out")
     config = Config(**{**recipe, **typed})
+    config.data_root = os.path.abspath(config.data_root)  # to resume it from any folder
     check(config, parser)
     if "resume" in args and not is_run:
         parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
@@ -652,7 +662,7 @@ def find_recipe(typed, small):
         suffix += "-small"
     recipe = RECIPES.get(name + suffix, RECIPES.get("folder" + suffix))
     if recipe is None:
-        raise data.InputError(f"there is no --task {typed['task']} for --data {name}")
+        raise data.InputError(f"--task set_prediction needs --data clevr or clevr_like, not {name}")
     run = Path(name).resolve().name + suffix if "data" in typed else "demo"
     return run, {"data": name, **recipe}
 

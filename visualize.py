@@ -27,7 +27,7 @@ from data import InputError
 from slot_attention import WeightsError, attributes, load_model
 
 WEIGHTS = Path(__file__).parent / "assets/tetrominoes.pt"
-# The slots' colours, a hundred times over; first Okabe and Ito's, which the colour-blind can tell.
+# The slots' colours, repeated; the first are Okabe and Ito's, which colour-blind people can tell.
 COLORS = to_rgba_array(100 *
     "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 "
     "navy saddlebrown limegreen darkviolet teal".split())[:, :3]
@@ -191,7 +191,7 @@ def draw_curves(runs):
     """Returns a Figure of each run's losses, and FG-ARI or AP, against steps."""
     figure = Figure((9, 6), layout="constrained")
     losses, scores = figure.subplots(2, sharex=True)
-    losses.set(ylabel="loss", yscale="log")
+    losses.set(ylabel="loss (in training with the slot loss)", yscale="log")
     scores.set(ylabel="FG-ARI or AP", xlabel="steps")
     for run in runs:
         with data.reading(f"{run}/log.jsonl"), open(f"{run}/log.jsonl") as log:
@@ -282,7 +282,7 @@ def save(figure, path):
     """Writes a Figure, whole or not at all. Raises InputError if its suffix is unknown."""
     kind = path.suffix[1:]
     if kind not in figure.canvas.get_supported_filetypes():
-        raise InputError(f"--out {path}: {kind!r} is no kind of picture known here")
+        raise InputError(f"--out {path}: {kind!r} is not a known kind of file")
     with data.whole_file(path) as file:
         figure.savefig(file, format=kind)
     data.say(f"drew {path}")
