@@ -643,7 +643,6 @@ def parse(argv=None):
         if RANK == 0 and os.path.exists(args.out / "checkpoint.pt"):
             parser.error(f"{args.out}/ holds a run: --resume or delete it, or choose another --out")
     config = Config(**{**recipe, **typed})
-    config.data_root = os.path.abspath(config.data_root)  # to resume it from any folder
     check(config, parser)
     if "resume" in args and not is_run:
         parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
