@@ -24,7 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import hsv_to_rgb, to_rgba_array
+from matplotlib.colors import to_rgba_array
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import center_crop
@@ -540,7 +540,7 @@ for _ in range(8):
 
 # --- The cache: scenes decoded or generated once, mapped from a file ----------------------------
 
-CACHE_VERSION = 4  # change it whenever any dataset is decoded or generated in another way
+CACHE_VERSION = 5  # change it whenever any dataset is decoded or generated in another way
 
 
 def cached(name, root, sources, scenes, total):
@@ -838,8 +838,8 @@ def paint(palette, label):
 def make_multi_dsprites(count, seed):
     """Returns scenes after DeepMind's Multi-dSprites, colored_on_grayscale, as a dict of arrays.
 
-    2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions), the later over the earlier, on
-    grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; label
+    2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions) of any color, the later over the
+    earlier, on grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; label
     [n, 64, 64] uint8, 0 = background, 1 to 5; objects [n], the number of sprites.
     """
     rng = np.random.default_rng(seed)
@@ -850,9 +850,7 @@ def make_multi_dsprites(count, seed):
     orientation = rng.choice(np.linspace(0, 2 * np.pi, 40), size)
     row = rng.choice(32, size)
     col = rng.choice(32, size)
-    hue = rng.random(size)
-    saturation, value = rng.uniform(0.5, 1, (2, *size))
-    color = hsv_to_rgb(np.dstack([hue, saturation, value]))
+    color = rng.random((*size, 3))  # real scenes have dark and pale sprites, too
     grey = rng.random((count, 1))
     palette = np.insert(color, 0, grey, 1)                                      # [n, 6, 3]
 
