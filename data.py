@@ -839,8 +839,8 @@ def make_multi_dsprites(count, seed):
     """Returns scenes after DeepMind's Multi-dSprites, colored_on_grayscale, as a dict of arrays.
 
     2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions) of any color, the later over the
-    earlier, on grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8; label
-    [n, 64, 64] uint8, 0 = background, 1 to 5; objects [n], the number of sprites.
+    earlier, on grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8;
+    label [n, 64, 64] uint8, 0 = background, 1 to 5; objects [n], the number of sprites.
     """
     rng = np.random.default_rng(seed)
     objects = rng.integers(2, 6, count)
