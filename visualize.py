@@ -142,7 +142,8 @@ def draw(rows, height=1.65):
             # A square on the screen, but in the units of CLEVR's frame, for draw_objects.
             axis.imshow(picture, extent=(0, 480, 320, 0), aspect=1.5)
             axis.set(xticks=[], yticks=[], ylabel="" if k else label)
-            axis.spines[:].set(color=color, linewidth=2)
+            axis.spines[:].set_color(color)
+            axis.spines[:].set_linewidth(2)
             if heads.get(k) != head:
                 axis.set_title(head)
             heads[k] = head
