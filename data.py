@@ -671,6 +671,8 @@ def one_line_errors(*others):
             raise
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before training, which saves first
+        sys.exit(130)
 
 
 @contextlib.contextmanager
