@@ -120,9 +120,9 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     elif path:
         arrays = official_arrays(path, name, root, resolution, crop)
     elif name in ("clevr", "multi_dsprites_on_colored"):
-        raise InputError(f"no {Path(file).name} in {root}/. To fetch it (the README has its size): "
-                         f"curl -fL --create-dirs --output-dir {root} -C - -O {URL}/{file} ; "
-                         "--data clevr_like and --data multi_dsprites need no file")
+        raise InputError(f"no {Path(file).name} in {root}/ (--data clevr_like and --data "
+                         "multi_dsprites need no file). To fetch it: curl -fL --create-dirs "
+                         f"--output-dir {root} -C - -O {URL}/{file}")
     else:
         arrays = generate(name, split, root, count or train_count, resolution, crop,
                           min_objects, max_objects)
@@ -285,7 +285,7 @@ def clevr_target(scene):
         columns += [words == name for name in names]
     columns.append(np.ones(len(entities)))
     target = np.stack(columns, axis=1).astype(np.float32)
-    if not (np.abs(target[:, :3]) < 10).all():  # nor is NaN
+    if not (np.abs(target[:, :3]) < 10).all():  # also for NaN
         raise ValueError("its coordinates are not CLEVR's")
     return np.pad(target, ((0, 10 - len(entities)), (0, 0)))  # ValueError for more than 10
 
@@ -685,7 +685,7 @@ def reading(path, hint=""):
     except Exception as error:  # PIL, torch and zipfile have many ways to say it
         reason = getattr(error, "strerror", None)
         if not reason:
-            reason = f"it is damaged, or not such a file: {error!r:.100}"
+            reason = f"damaged, or of the wrong kind: {error!r:.100} (python -X dev shows where)"
         raise InputError(f"{path}: {reason}{hint}") from error
 
 
@@ -1053,7 +1053,7 @@ class ClevrScene:
         return self.camera.expand_as(direction), direction
 
     def intersect(self, origin, direction):
-        """Returns how far rays go before each solid, and how far inside it, divided by the former.
+        """Returns the way of rays to each solid, and the way inside it divided by that.
 
         [R, E] each; inf and 0 if they go past it.
         """

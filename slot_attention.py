@@ -27,11 +27,11 @@ class SlotAttention(nn.Module):
     """Slot Attention (Algorithm 1): K slots compete for N inputs, over T iterations.
 
     num_slots: K. dim: D. num_iterations: T. inputs_dim: D_in, D if not given.
-    implicit: the gradient of the slots flows through the last iteration only (Chang et al., 2022),
-        and unchanged to the initial slots (Jia et al., 2023).
-    learned_queries: each slot has a learned mean of its own, as in BO-QSA (Jia et al., 2023), and
-        the noise stays.
-    Call it outside of autocast, as the models below do: bfloat16 would lose eps.
+    implicit: only the last iteration is differentiated (Chang et al., 2022), and the gradient of
+        its input goes to the initial slots as it is (Jia et al., 2023).
+    learned_queries: each slot has a learned mean of its own, as in BO-QSA (Jia et al., 2023); the
+        noise is still added.
+    Call it outside of autocast, as the models below do: softmax and mean need float32's precision.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class SlotAttention(nn.Module):
         attns = []
         for _ in range(num_iterations or self.num_iterations):
             if self.implicit:
-                # The value stays. The gradient goes straight to init: only the last iteration's
-                # steps below have one.
+                # The same value, cut off from the iterations before: so only the last one has a
+                # gradient, which then goes straight to init.
                 slots = slots.detach() + (init - init.detach())
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5   # [B, K, D]
@@ -327,6 +327,7 @@ def to_pair(resolution):
 class Conv2dSame(nn.Conv2d):
     """Conv2d with TensorFlow's "SAME" padding: an odd pixel of padding goes below and to the right.
 
+    It takes Conv2d's first four arguments only, and square kernels.
     [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)].
     """
 
@@ -343,7 +344,7 @@ class Conv2dSame(nn.Conv2d):
 
 
 class ConvTranspose2dSame(nn.ConvTranspose2d):
-    """ConvTranspose2d aligned as TensorFlow's "SAME".
+    """ConvTranspose2d aligned as TensorFlow's "SAME", with the same four arguments.
 
     [B, C_in, H, W] -> [B, C_out, stride * H, stride * W]. (PyTorch's usual `padding=2,
     output_padding=1` for 5x5 and stride 2 gives the same map shifted by one pixel.)
@@ -533,11 +534,13 @@ def load_model(checkpoint):
 
 def load_weights(model, weights):
     """Loads {name: tensor} into a model. Raises WeightsError, and loads nothing, if they differ."""
-    theirs = {(name, getattr(value, "shape", None)) for name, value in weights.items()}
-    ours = {(name, value.shape) for name, value in model.state_dict().items()}
-    if theirs != ours:
-        differing = min(theirs ^ ours, key=str)
-        raise WeightsError(f"the weights are of another model: {differing} differs")
+    ours = model.state_dict()
+    for name in sorted({*ours, *weights}, key=str):
+        here = getattr(ours.get(name), "shape", "missing")
+        there = getattr(weights.get(name), "shape", "missing")
+        if here != there:
+            raise WeightsError(f"the weights are of another model: {name} is {there} in them, and "
+                               f"{here} in this one")
     model.load_state_dict(weights)
 
 

@@ -391,7 +391,7 @@ def test_tfrecords_equal_tensorflow(name):
         list(data.read_tfrecords("file", name, 1))
 
 
-def test_a_real_file_is_read_trained_on_and_drawn(capsys):
+def test_a_real_file_is_read_trained_on_and_drawn(capsys, refused):
     """tetrominoes_mini is DeepMind's (google-deepmind/deepmind-research, Apache 2.0)."""
     file = RECORDS / "tetrominoes_mini.tfrecords"
     scenes = list(data.read_tfrecords(file, "tetrominoes"))
@@ -404,6 +404,7 @@ def test_a_real_file_is_read_trained_on_and_drawn(capsys):
     shutil.copy(file, "data/tetrominoes_tetrominoes_train.tfrecords")  # as browsers name it
     train.main(f"{TINY} --steps 1 --out run".split())
     assert "generated" not in capsys.readouterr().err
+    assert "--data-root" in refused("--resume run --data-root other")
     images, masks = (np.stack([scene[key] for scene in scenes]) for key in ("image", "mask"))
     assert score("tetrominoes", data.Scenes(images, masks.argmax(1)))["fg_ari"] > 0.99
 
@@ -765,7 +766,7 @@ def test_training_repeats_resumes_and_evaluates(capsys):
 def test_a_run_is_saved_every_ten_minutes(monkeypatch):
     saved = []
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
-    monkeypatch.setattr(train, "save", lambda *arguments: saved.append(arguments[-2]))
+    monkeypatch.setattr(train, "save", lambda *arguments: saved.append(arguments[-3]))
     run(f"{TINY} --steps 3 --eval-every 3 --out run")
     assert saved == [0, 1, 2, 3]
 

@@ -66,7 +66,7 @@ class Config:
     # The model
     resolution: int = 128  # height and width of the images
     num_slots: int = 7  # slots, K
-    num_iterations: int = 3  # T in evaluation, and in training if train_iterations is 0
+    num_iterations: int = 3  # iterations of attention, T; but see train_iterations
     slot_dim: int = 64  # size of a slot, D
     mlp_hidden_size: int = 128  # hidden units of the MLP that updates the slots
     encoder_channels: int = 64  # channels of the encoder's 5x5 convolutions
@@ -96,13 +96,13 @@ class Config:
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
     learned_queries: bool = False  # a learned mean for each slot's initial state
-    train_iterations: int = 0  # T in training; 0: num_iterations, as in evaluation
+    train_iterations: int = 0  # T in training, if other than num_iterations; 0: the same
     query_scale: float = 1.0  # factor of project_q's initial weights: 3 helps against stripes
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
-    muon: Literal["none", "encoder", "all"] = "none"  # Muon for the matrices; lr then falls to 0
-    slot_loss: float = 0.0  # final weight of the loss of each slot by itself; it grows from 0
+    muon: Literal["none", "encoder", "all"] = "none"  # encoder: all but the decoder. lr falls to 0
+    slot_loss: float = 0.0  # final weight of each slot's own loss; it grows from 0
 
 
 SET_PREDICTION = dict(
@@ -122,8 +122,8 @@ SMALL_DSPRITES = dict(
     SMALL_64, num_slots=6, muon="all", decoder_channels=64, decoder_kernel=3, train_count=40_000)
 SMALL_SET_PREDICTION = dict(
     SMALL, num_slots=10, crop="none", max_objects=10, learned_queries=True, num_iterations=4,
-    train_iterations=4, encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
-RECIPES = {  # what differs from Config, by the name of the run's folder; "demo" without any flag
+    train_iterations=0, slot_loss=0.0, encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
+RECIPES = {  # by the name of the run's folder: what differs from Config, besides data and task
     "clevr": {},
     "clevr-small": SMALL_64,
     "clevr_like": {},
@@ -164,12 +164,16 @@ def train(config, out, checkpoint=None):
     keep_freed_memory()
     start = checkpoint["step"] if checkpoint else 0
     seconds = checkpoint["seconds"] if checkpoint else 0.0
+    source = train_set.source
+    if checkpoint and checkpoint.get("source", source) != source:
+        raise data.InputError(f"{out} is trained on {checkpoint['source']}, which is not in "
+                              f"{config.data_root}/: give its folder with --data-root")
     log = open_log(out, start)
     if not checkpoint:
-        save(out, config, model, optimizers, start, seconds)
+        save(out, config, model, optimizers, start, seconds, source)
     changed = {key: value for key, value in asdict(config).items() if value != getattr(Config, key)}
-    data.say(f"{out} differs from the paper's CLEVR6 recipe in: {changed}")
-    data.say(f"{len(train_set):,} scenes of {train_set.source}, {len(eval_set):,} held out")
+    data.say(f"{out}, settings other than the paper's for CLEVR6: {changed or 'none'}")
+    data.say(f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out")
 
     stop = catch_signals()
     logged = start
@@ -177,6 +181,7 @@ def train(config, out, checkpoint=None):
     total = torch.zeros((), device=device)  # of the losses since the last line of the log
     clock = time.perf_counter()
     for step in range(start + 1, config.steps + 1):
+        model.train()
         model.zero_grad()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -223,14 +228,14 @@ def train(config, out, checkpoint=None):
             stays = saving or logged == start  # the first line, too
             write_row(log, row, config, renew=not stays)
             if saving:
-                save(out, config, model, optimizers, step, seconds)
+                save(out, config, model, optimizers, step, seconds, source)
                 saved = time.monotonic()
             total.zero_()
             logged = step
             clock = time.perf_counter()
         if stopping:
             data.say(f"stopped and saved; to continue: python train.py --resume {out}")
-            sys.exit(128 + (stop[0] if stop else signal.SIGTERM))
+            sys.exit(128 + (stop[0] if stop else signal.SIGTERM))  # or to another process
 
 
 def micro_batches(step, config, scenes, device):
@@ -284,6 +289,7 @@ def evaluate(model, config, scenes, device, autocast, num_iterations=None):
     """
     shape = len(scenes), config.num_slots, config.slot_dim
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    model.eval()
     eval_loss = 0.0
     fg_ari = 0.0
     predictions = []
@@ -430,10 +436,10 @@ def build_optimizers(config, model, checkpoint=None):
     return optimizers
 
 
-def save(out, config, model, optimizers, step, seconds):
+def save(out, config, model, optimizers, step, seconds, source):
     """Writes the checkpoint. If it has NaN, raises InputError and keeps the one before."""
     content = {"task": config.task, "arguments": model_arguments(config), "config": asdict(config),
-               "model": model.state_dict(), "step": step, "seconds": seconds,
+               "model": model.state_dict(), "step": step, "seconds": seconds, "source": source,
                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     check_finite(content, step)
     if RANK == 0:
@@ -484,7 +490,7 @@ def write_row(log, row, config, renew):
     except OSError as error:
         raise data.InputError(f"cannot write {log.name}: {error.strerror}") from error
     left = data.duration(row["seconds"] / row["step"] * (config.steps - row["step"]))
-    values = [f"{key} {value:.4g}" for key, value in row.items() if key != "step"]
+    values = [f"{key} {value:.4g}" for key, value in row.items() if key not in ("step", "seconds")]
     start = f"step {row['step']:,} of {config.steps:,}, {left} left"
     data.say("  ".join([start, *values]), renew)
 
@@ -518,20 +524,19 @@ SIGNALS = [number for number in signal.Signals  # Windows has no SIGHUP
 # --- Not in the paper ---------------------------------------------------------------------------
 
 
-def add_slot_loss(error, output, image, weight, progress):
-    """Returns the loss that leaves each pixel, and each object, to one slot (--slot-loss).
+def add_slot_loss(mse, output, image, weight, progress):
+    """Returns the loss that encourages each pixel, and each object, to be in one slot.
 
-    With w = progress * weight, masks m, the slots' pictures r and the image x it is
-    (1 - w) * error + w * mean(sum_k m_k (r_k - x)^2) + 0.007 * weight * progress^4 * sum_k s_k^0.5.
-    The second term is larger than the error where masks overlap and pictures differ. The third, of
-    the masks' shares s of the image, matters late: then one slot pays less than several for what
-    all of them get right, such as the background. progress goes from 0 to 1 in a training. The
-    numbers were chosen by trials.
+    With masks m, the slots' pictures r and the image x, a part of the MSE, which grows with
+    progress from 0 to weight, becomes own = mean(sum_k m_k (r_k - x)^2): each slot has to match the
+    image wherever its mask is, not only the sum of all. And spread = sum_k sqrt(mean(m_k)), which
+    is least when few slots cover the image, is added late, so that the background is not split.
+    progress goes from 0 to 1 in a training. The numbers were chosen by trials.
     """
     own = (output.masks * (output.recons - image[:, None]) ** 2).sum(dim=1).mean()
     shares = output.masks.mean(dim=(2, 3, 4))                           # [B, K]
     spread = (shares + 1e-6).sqrt().sum(dim=1).mean()  # at 0 the slope would be infinite
-    loss = error + progress * weight * (own - error)
+    loss = mse + progress * weight * (own - mse)
     return loss + 0.007 * weight * progress ** 4 * spread
 
 
@@ -639,6 +644,8 @@ def parse(argv=None):
             parser.error(f"{run} comes without its dataset: give one with --data")
     else:
         name, recipe = find_recipe(typed, "small" in args)
+        if "num_iterations" in typed:  # then for training, too
+            recipe["train_iterations"] = 0
         args.out = getattr(args, "out", Path("runs", name))
         if RANK == 0 and os.path.exists(args.out / "checkpoint.pt"):
             parser.error(f"{args.out}/ holds a run: --resume or delete it, or choose another --out")

@@ -28,9 +28,9 @@ from slot_attention import WeightsError, attributes, load_model
 
 WEIGHTS = Path(__file__).parent / "assets/tetrominoes.pt"
 # The slots' colours, repeated; the first are Okabe and Ito's, which colour-blind people can tell.
-COLORS = to_rgba_array(100 *
+COLORS = to_rgba_array((
     "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442 "
-    "navy saddlebrown limegreen darkviolet teal".split())[:, :3]
+    "navy saddlebrown limegreen darkviolet teal").split() * 100)[:, :3]
 
 # --- Load ---------------------------------------------------------------------------------------
 
@@ -53,9 +53,9 @@ def read_run(path):
 
 
 def load_run(path):
-    """Returns a run's model, whose weights ask for no gradient, and its checkpoint (read_run)."""
+    """Returns a run's model, for evaluation without gradients, and its checkpoint (read_run)."""
     checkpoint = read_run(path)
-    return load_model(checkpoint).requires_grad_(False), checkpoint
+    return load_model(checkpoint).eval().requires_grad_(False), checkpoint
 
 
 def load_batch(run, checkpoint, args):
@@ -185,14 +185,14 @@ def draw_objects(batch, output):
 
 def place(objects):
     """Returns columns and rows of objects [..., 19], seen by CLEVR's mean camera (480 x 320)."""
-    return data.project(6 * objects[..., :3].numpy() - 3)[..., :2].T
+    return data.project(6 * objects[..., :3].numpy() - 3).T
 
 
 def draw_curves(runs):
     """Returns a Figure of each run's losses, and FG-ARI or AP, against steps."""
     figure = Figure((9, 6), layout="constrained")
     losses, scores = figure.subplots(2, sharex=True)
-    losses.set(ylabel="loss (in training with the slot loss)", yscale="log")
+    losses.set(ylabel="loss (training: including the slot loss)", yscale="log")
     scores.set(ylabel="FG-ARI or AP", xlabel="steps")
     for run in runs:
         with data.reading(f"{run}/log.jsonl"), open(f"{run}/log.jsonl") as log:
@@ -303,7 +303,7 @@ def main(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", nargs="*", default=[WEIGHTS])
-    add("--figure", choices="row curve clip".split(), help="another one than Figure 3, see above")
+    add("--figure", choices="row curve clip".split(), help="other than Figure 3, see above")
     add("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
     add("--count", type=positive, default=4, help="held-out scenes to draw [4]")
     add("--num-slots", type=positive, help="slots [as in training]")
