@@ -619,7 +619,7 @@ def in_threads(function, jobs):
     Few jobs are taken ahead.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # in each of them
+    torch.set_num_threads(1)  # a job has one
     results = deque()
     try:
         with ThreadPoolExecutor(threads) as pool:

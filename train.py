@@ -235,7 +235,8 @@ def train(config, out, checkpoint=None):
             clock = time.perf_counter()
         if stopping:
             data.say(f"stopped and saved; to continue: python train.py --resume {out}")
-            sys.exit(128 + (stop[0] if stop else signal.SIGTERM))  # or to another process
+            number = stop[0] if stop else signal.SIGTERM  # another process got the signal
+            sys.exit(128 + number)
 
 
 def micro_batches(step, config, scenes, device):
