@@ -536,7 +536,7 @@ def load_weights(model, weights):
     """Loads {name: tensor} into a model. Raises WeightsError, and loads nothing, if they differ."""
     ours = model.state_dict()
     for name in sorted({*ours, *weights}, key=str):
-        here = getattr(ours.get(name), "shape", "missing")
+        here = getattr(ours.get(name), "shape", "unknown")
         there = getattr(weights.get(name), "shape", "missing")
         if here != there:
             raise WeightsError(f"the weights are of another model: {name} is {there} in them, and "
