@@ -1053,12 +1053,12 @@ class ClevrScene:
         return self.camera.expand_as(direction), direction
 
     def intersect(self, origin, direction):
-        """Returns the way of rays to each solid, and the way inside it divided by that.
+        """Returns the distance along rays to each solid, and the way inside it divided by that.
 
-        [R, E] each; inf and 0 if they go past it.
+        [R, E] each; inf and 0 for rays that miss it.
         """
-        # Only the Q pairs of a ray and a solid whose bounding sphere it meets are looked at: the
-        # way to the point next to the center is longer than a tangent.
+        # Only the Q pairs of a ray and a solid whose bounding sphere it meets are computed: there
+        # the distance to the point nearest to the center is larger than that of a tangent.
         along = direction @ self.center.T - dot(origin, direction)              # [R, E]
         distance = torch.cdist(origin, self.center)
         tangent = (distance ** 2 - self.reach).clamp(0).sqrt()

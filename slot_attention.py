@@ -1,7 +1,8 @@
 """Slot Attention in PyTorch: "Object-Centric Learning with Slot Attention", Locatello et al., 2020.
 
-By default, outputs, losses and gradients equal those of the official TensorFlow code. Section and
-equation numbers are the paper's (https://arxiv.org/abs/2006.15055), and so are these symbols:
+By default, outputs, losses and the norms of gradients equal those of the official TensorFlow code.
+Section and equation numbers are the paper's (https://arxiv.org/abs/2006.15055), and so are these
+symbols:
 
     B  images in a batch      N  input features, h * w of the encoder's grid
     K  slots                  D  size of a slot (D_in: of an input feature)
@@ -96,13 +97,14 @@ class SlotAttention(nn.Module):
         num_slots and num_iterations: K and T, if other than in the constructor. attn sums to 1 over
         the slots: it is the softmax, before it is normalised over the inputs.
         """
-        inputs = self.norm_inputs(inputs)                               # [B, N, D_in]
+        dtype = self.slots_mu.dtype  # inputs and slots may come in bfloat16
+        inputs = self.norm_inputs(inputs.to(dtype))                     # [B, N, D_in]
         k = self.project_k(inputs)                                      # [B, N, D]
         v = self.project_v(inputs)                                      # [B, N, D]
         if slots is None:
             shape = len(inputs), num_slots or self.num_slots, self.dim
             slots = self.init_slots(torch.randn(shape, device=k.device))
-        slots = slots.to(self.slots_mu.dtype)               # [B, K, D]; they may come in bfloat16
+        slots = slots.to(dtype)                                         # [B, K, D]
         init = slots
         attns = []
         for _ in range(num_iterations or self.num_iterations):
@@ -166,7 +168,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         """Returns an AutoEncoderOutput for image [B, 3, H, W] in [-1, 1].
 
         recon_combined [B, 3, H, W]: the image again, the sum of recons * masks over the slots;
-        recons [B, K, 3, H, W]: the slots' pictures, also in [-1, 1], but not clipped;
+        recons [B, K, 3, H, W]: the slots' pictures, on the image's scale, not clipped;
         masks [B, K, 1, H, W]: sum to 1 over the slots; slots [B, K, D]; attn [B, T, K, h, w].
         The arguments slots, num_slots and num_iterations are as in SlotAttention.forward.
         """
@@ -260,8 +262,7 @@ class Encoder(nn.Module):
     def forward(self, image):
         x = self.cnn(image)                                             # [B, C, h, w]
         x = self.pos(x).flatten(2).mT                                   # [B, N, C]
-        x = self.mlp(self.layer_norm(x))                                # [B, N, D]
-        return x.to(self.layer_norm.weight.dtype)  # float32 again, if autocast made it bfloat16
+        return self.mlp(self.layer_norm(x))                             # [B, N, D]
 
 
 class Decoder(nn.Module):
@@ -346,6 +347,7 @@ class Conv2dSame(nn.Conv2d):
 class ConvTranspose2dSame(nn.ConvTranspose2d):
     """ConvTranspose2d aligned as TensorFlow's "SAME", with the same four arguments.
 
+    Its kernel is at least as large as its stride.
     [B, C_in, H, W] -> [B, C_out, stride * H, stride * W]. (PyTorch's usual `padding=2,
     output_padding=1` for 5x5 and stride 2 gives the same map shifted by one pixel.)
     """

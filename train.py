@@ -66,7 +66,7 @@ class Config:
     # The model
     resolution: int = 128  # height and width of the images
     num_slots: int = 7  # slots, K
-    num_iterations: int = 3  # iterations of attention, T; but see train_iterations
+    num_iterations: int = 3  # iterations of attention, T; if given, in training, too
     slot_dim: int = 64  # size of a slot, D
     mlp_hidden_size: int = 128  # hidden units of the MLP that updates the slots
     encoder_channels: int = 64  # channels of the encoder's 5x5 convolutions
@@ -97,11 +97,11 @@ class Config:
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
     learned_queries: bool = False  # a learned mean for each slot's initial state
     train_iterations: int = 0  # T in training, if other than num_iterations; 0: the same
-    query_scale: float = 1.0  # factor of project_q's initial weights: 3 helps against stripes
+    query_scale: float = 1.0  # factor of project_q's initial weights: try 3 if slots become stripes
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
-    muon: Literal["none", "encoder", "all"] = "none"  # encoder: all but the decoder. lr falls to 0
+    muon: Literal["none", "encoder", "all"] = "none"  # encoder: not in the decoder; lr falls to 0
     slot_loss: float = 0.0  # final weight of each slot's own loss; it grows from 0
 
 
@@ -225,8 +225,8 @@ def train(config, out, checkpoint=None):
             if at_eval and RANK == 0:
                 row.update(evaluate(model, config, eval_set, device, autocast))
             saving = at_eval or stopping or time.monotonic() - saved > SAVE_EVERY
-            stays = saving or logged == start  # the first line, too
-            write_row(log, row, config, renew=not stays)
+            is_first = logged == start
+            write_row(log, row, config, renew=not (saving or is_first))
             if saving:
                 save(out, config, model, optimizers, step, seconds, source)
                 saved = time.monotonic()
@@ -528,11 +528,13 @@ SIGNALS = [number for number in signal.Signals  # Windows has no SIGHUP
 def add_slot_loss(mse, output, image, weight, progress):
     """Returns the loss that encourages each pixel, and each object, to be in one slot.
 
-    With masks m, the slots' pictures r and the image x, a part of the MSE, which grows with
-    progress from 0 to weight, becomes own = mean(sum_k m_k (r_k - x)^2): each slot has to match the
-    image wherever its mask is, not only the sum of all. And spread = sum_k sqrt(mean(m_k)), which
-    is least when few slots cover the image, is added late, so that the background is not split.
-    progress goes from 0 to 1 in a training. The numbers were chosen by trials.
+    With masks m, the slots' pictures r, the image x, and progress p, from 0 to 1 in a training:
+
+        own = mean(sum_k m_k (r_k - x)^2)     each slot has to match the image where its mask is
+        spread = sum_k sqrt(mean(m_k))        is least when few slots cover the image
+        loss = (1 - p weight) mse + p weight own + 0.007 weight p^4 spread
+
+    The numbers were chosen by trials.
     """
     own = (output.masks * (output.recons - image[:, None]) ** 2).sum(dim=1).mean()
     shares = output.masks.mean(dim=(2, 3, 4))                           # [B, K]
@@ -669,7 +671,8 @@ def find_recipe(typed, small):
         suffix += "-small"
     recipe = RECIPES.get(name + suffix, RECIPES.get("folder" + suffix))
     if recipe is None:
-        raise data.InputError(f"--task set_prediction needs --data clevr or clevr_like, not {name}")
+        raise data.InputError(f"there is no recipe {name}{suffix}: --task set_prediction is for "
+                              "--data clevr and clevr_like")
     run = Path(name).resolve().name + suffix if "data" in typed else "demo"
     return run, {"data": name, **recipe}
 

@@ -58,17 +58,17 @@ def load_run(path):
     return load_model(checkpoint).eval().requires_grad_(False), checkpoint
 
 
-def load_batch(run, checkpoint, args):
-    """Returns a batch of the user's pictures, or of held-out scenes of the run's dataset.
+def load_batch(checkpoint, images, count):
+    """Returns a batch of the user's pictures, or of `count` held-out scenes of the run's dataset.
 
     image [B, 3, H, W] in [-1, 1], maybe target [B, 10, 19]; see data.Scenes. A picture becomes its
     central square; one of CLEVR's own, for a model of CLEVR, is cropped as in training.
     """
     config = checkpoint["config"]
     resolution = checkpoint["arguments"]["resolution"]
-    if args.images:
+    if images:
         pictures = []
-        for path in args.images:
+        for path in images:
             picture = data.read_picture(path)
             array = np.array(picture)
             if config["data"] in ("clevr", "clevr_like") and array.shape[:2] in data.CLEVR_CROP:
@@ -80,12 +80,12 @@ def load_batch(run, checkpoint, args):
         return data.Scenes(np.stack(pictures)).batch(range(len(pictures)))
 
     if "data_root" not in config and config["data"] not in data.FILES:
-        raise InputError(f"{run} comes without its dataset: give pictures, --images")
+        raise InputError("weights come without their dataset: give pictures, --images")
     scenes = data.load(
         config["data"], "eval", config.get("data_root", "data"),
-        config.get("eval_count", args.count), resolution, config["crop"],
+        config.get("eval_count", count), resolution, config["crop"],
         config["min_objects"], config["max_objects"], config.get("masks"))
-    return scenes.batch(range(min(args.count, len(scenes))))
+    return scenes.batch(range(min(count, len(scenes))))
 
 
 # --- Compute ------------------------------------------------------------------------------------
@@ -132,15 +132,14 @@ def attention_cells(image, attn, head="attention"):
 
 
 def draw(rows, height=1.65):
-    """Returns a Figure of rows, each `height` inches high. Heads stand where they change."""
+    """Returns a Figure of rows, each `height` inches high. A title is drawn where it changes."""
     columns = max(len(cells) for _, cells in rows)
     figure = Figure((1.6 * columns, height * len(rows)), layout="constrained")
     heads = {}
     for i, (label, cells) in enumerate(rows):
         for k, (head, picture, color) in enumerate(cells):
             axis = figure.add_subplot(len(rows), columns, i * columns + k + 1)
-            # A square on the screen, but in the units of CLEVR's frame, for draw_objects.
-            axis.imshow(picture, extent=(0, 480, 320, 0), aspect=1.5)
+            axis.imshow(picture)
             axis.set(xticks=[], yticks=[], ylabel="" if k else label)
             axis.spines[:].set_color(color)
             axis.spines[:].set_linewidth(2)
@@ -166,26 +165,28 @@ def draw_objects(batch, output):
         rows.append(("", cells))
     figure = draw(rows, 2.6)
     axes = np.reshape(figure.axes, (len(rows), -1))                     # [B, 2 + K]
+    size = batch["image"].shape[-1]
     for i, (whole, _, *each) in enumerate(axes):
         if "target" in batch:
             target = batch["target"][i]
             real = target[target[:, 18] > 0.5]
-            whole.plot(*place(real), "wo", fillstyle="none", markersize=13)
+            whole.plot(*place(real, size), "wo", fillstyle="none", markersize=13)
         for k, prediction in enumerate(output.predictions[i]):
             words = ["no object"]
             if prediction[18] > 0.5:
                 chosen = zip(data.CLEVR_TARGETS.values(), attributes(prediction))
                 words = [names[index] for names, index in chosen]
                 circle = {"boxstyle": "circle,pad=0.2", "color": COLORS[k]}
-                whole.text(*place(prediction), k + 1, color="white", size=7,
+                whole.text(*place(prediction, size), k + 1, color="white", size=7,
                            ha="center", va="center", bbox=circle)
             each[k].set_xlabel("\n".join(words))
     return figure
 
 
-def place(objects):
-    """Returns columns and rows of objects [..., 19], seen by CLEVR's mean camera (480 x 320)."""
-    return data.project(6 * objects[..., :3].numpy() - 3).T
+def place(objects, size):
+    """Returns where CLEVR's mean camera sees objects [..., 19]: columns, rows of size x size."""
+    pixel = data.project(6 * objects[..., :3].numpy() - 3)              # of 480 x 320
+    return (pixel / (480, 320) * size - 0.5).T
 
 
 def draw_curves(runs):
@@ -211,7 +212,7 @@ def draw_runs(runs, args):
     rows = []
     for run in runs:
         model, checkpoint = load_run(run)
-        batch = load_batch(run, checkpoint, args)
+        batch = load_batch(checkpoint, args.images, args.count)
         images = batch["image"]
         K = args.num_slots or model.slot_attention.num_slots
         T = args.num_iterations or model.slot_attention.num_iterations
@@ -255,7 +256,7 @@ def iteration_rows(model, image, slots, T):
 
 
 def wide_cells(image, output, i):
-    """Returns all about scene i in one row: also its attention over the iterations."""
+    """Returns the cells of scene i in one row, with its attention over the iterations."""
     attn = output.attn[i]                                               # [T, K, h, w]
     attention = []
     for t in sorted({1, 2, 3, len(attn)}):
