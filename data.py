@@ -112,17 +112,13 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if masks and name in FILES:
         raise InputError(f"--masks is for a folder of pictures, not for {name}")
     root = Path(root)
-    file, _, train_count, native = FILES.get(name, (None, None, np.inf, 128))
+    _, _, train_count, native = FILES.get(name, (None, None, np.inf, 128))
     resolution = resolution or native
-    path = find(name, root) if name in FILES else Path(name).resolve()
     if name not in FILES:
+        path = Path(name).resolve()
         arrays = folder_arrays(path, root, resolution, masks and Path(masks).resolve())
-    elif path:
+    elif path := find(name, root):
         arrays = official_arrays(path, name, root, resolution, crop)
-    elif name in ("clevr", "multi_dsprites_on_colored"):
-        raise InputError(f"no {Path(file).name} in {root}/ (--data clevr_like and --data "
-                         "multi_dsprites need no file). To fetch it: curl -fL --create-dirs "
-                         f"--output-dir {root} -C - -O {URL}/{file}")
     else:
         arrays = generate(name, split, root, count or train_count, resolution, crop,
                           min_objects, max_objects)
@@ -142,7 +138,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
 def find(name, root):
     """Returns the path of a dataset's official file in root, or of CLEVR_v1.0's folder; or None.
 
-    A browser names a download FOLDER_name, and other programs FOLDER/name.
+    A browser saves FOLDER/name as FOLDER_name; other programs keep the folder.
     """
     file, _, _, _ = FILES[name]
     names = [Path(file).name] if file else []
@@ -246,7 +242,8 @@ def read_mask(path, size):
     """Returns the central square of a mask, [h, h] uint8; its picture has a size (W, H)."""
     with reading(path), Image.open(path, formats=["PNG"]) as mask:
         if mask.mode not in ("L", "P"):
-            raise InputError(f"{path}: a mask is a grey or palette PNG of 8 bits, not {mask.mode}")
+            raise InputError(f"{path}: a mask is a grey or palette PNG of 8 bits, not of mode "
+                             f"{mask.mode}")
         if mask.size != size:
             raise InputError(f"{path}: the mask has {mask.size} pixels, its picture {size}")
         return np.array(center_crop(mask, min(size)))
@@ -571,7 +568,7 @@ def cached(name, root, sources, scenes, total):
             continue
         with file:
             if not lock(file):
-                say(f"waiting for another process that builds {path}")
+                say(f"waiting for another process that writes into {folder}")
                 lock(file, wait=True)
             if not path.exists():  # another process may have built it meanwhile
                 write_cache(path, scenes, total)
@@ -737,24 +734,31 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
     The splits come from seeds 1 and 2 in every run, so do not test a model on scenes of seed 1.
     """
     file, _, _, native = FILES[name]
+    makers = {
+        "tetrominoes": make_tetrominoes,
+        "multi_dsprites": make_multi_dsprites,
+        "clevr_like": make_clevr_like,
+    }
     cache = f"{name}-{split}-{count}"
+    size = 1_000  # of a block of scenes
+    options = ()
     if name == "clevr_like":
         max_objects = min(max_objects, 10)
         cache += f"-{resolution}-{crop}-{min_objects}-{max_objects}"
-        make_scenes = make_clevr_like
-        size = 32  # of a block of scenes
-        options = resolution, max(min_objects, 3), max_objects, crop != "none"
+        size = 32
+        options = resolution, min_objects or 3, max_objects, crop != "none"
+    elif name not in makers:
+        raise InputError(f"no {Path(file).name} in {root}/ (--data clevr_like and --data "
+                         "multi_dsprites need no file). To fetch it: curl -fL --create-dirs "
+                         f"--output-dir {root} -C - -O {URL}/{file}")
+    elif resolution != native:
+        raise InputError(f"generated {name} come at --resolution {native} only")
     else:
         say(f"{count:,} generated scenes for {split} (there is no {Path(file).name} in {root}/)")
-        if resolution != native:
-            raise InputError(f"generated {name} come at --resolution {native} only")
-        make_scenes = make_tetrominoes if name == "tetrominoes" else make_multi_dsprites
-        size = 1_000
-        options = ()
 
     def make(start):
         seed = (1 if split == "train" else 2), start
-        return make_scenes(min(size, count - start), seed, *options)
+        return makers[name](min(size, count - start), seed, *options)
 
     blocks = map(make, range(0, count, size))  # threads would wait for Python's lock
     return cached(cache, root, [], blocks, count)
@@ -840,7 +844,7 @@ def paint(palette, label):
 def make_multi_dsprites(count, seed):
     """Returns scenes after DeepMind's Multi-dSprites, colored_on_grayscale, as a dict of arrays.
 
-    2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions) of any color, the later over the
+    2 to 5 sprites (6 scales, 40 orientations, 32 x 32 positions) of any colour, the later over the
     earlier, on grey. The same (count, seed) gives the same scenes. image [n, 64, 64, 3] uint8;
     label [n, 64, 64] uint8, 0 = background, 1 to 5; objects [n], the number of sprites.
     """
@@ -970,7 +974,7 @@ def draw_clevr_scene(rng, number):
         place[i] = fitting[0]
     factors["x"], factors["y"] = place.T
     factors["z"] = size
-    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # CLEVR takes them for radians
+    factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # used as radians, as in CLEVR
     factors = {
         key: np.pad(values, (1, 10 - number))
         for key, values in factors.items()
@@ -1086,7 +1090,7 @@ class ClevrScene:
         return before, inside
 
     def shade(self, origin, direction, mirrors=True):
-        """Returns what rays see: linear color [R, 3], entity [R]. mirrors=False: no metal."""
+        """Returns what rays see: linear colour [R, 3], entity [R]. mirrors=False: no metal."""
         before, _ = self.intersect(origin, direction)
         descent = -direction[:, 2]
         before[:, 0] = origin[:, 2] / descent.clamp(0.001)  # the sky is far ground

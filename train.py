@@ -1,6 +1,6 @@
 """Trains and evaluates Slot Attention.
 
-    python train.py                             the demo: a few minutes on two CPU cores
+    python train.py                             the demo: 2 to 13 minutes on two CPU cores
     python train.py --data clevr                the paper's recipe for CLEVR6, for a GPU
     python train.py --data clevr_like --small   a small model and a short schedule, for a CPU
     python train.py --data FOLDER --small       your own pictures
@@ -57,7 +57,7 @@ class Config:
 
     Each field is a flag (--batch-size), and its comment the help text. The fields that are named
     like arguments of the model's constructor are passed to it. If you add one: a float's default
-    is 0.0, not 0, and no number may be below 0.
+    is 0.0, not 0. No number may be negative, or 0 if its default is not.
     """
     task: Literal["object_discovery", "set_prediction"] = "object_discovery"  # what to learn
     data: str = "clevr"  # tetrominoes, multi_dsprites, clevr, clevr_like ..., or a folder
@@ -66,7 +66,7 @@ class Config:
     # The model
     resolution: int = 128  # height and width of the images
     num_slots: int = 7  # slots, K
-    num_iterations: int = 3  # iterations of attention, T; if given, in training, too
+    num_iterations: int = 3  # iterations, T; in training only if train_iterations is 0
     slot_dim: int = 64  # size of a slot, D
     mlp_hidden_size: int = 128  # hidden units of the MLP that updates the slots
     encoder_channels: int = 64  # channels of the encoder's 5x5 convolutions
@@ -74,7 +74,7 @@ class Config:
     decoder_channels: int = 64  # channels of the decoder's transposed convolutions
     decoder_strides: tuple = (2, 2, 2, 2, 1)  # their strides: a convolution for each
     # The data
-    crop: CROPS = "paper"  # paper: central square; official: off centre in CLEVR_v1.0; none: whole
+    crop: CROPS = "paper"  # of CLEVR; paper: central square; official: see README; none: whole
     min_objects: int = 0  # only scenes with at least this many objects
     max_objects: int = 6  # only scenes with at most this many objects
     train_count: int = 70_000  # scenes for training, at most
@@ -92,11 +92,11 @@ class Config:
     compile: bool = False  # torch.compile; not yet measured on a GPU
     device: str = DEVICES[0]  # cuda or cpu
     threads: int = 0  # threads on a CPU; 0: one for each core that is idle when the run begins
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the hardware has it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if it is fast here
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
     learned_queries: bool = False  # a learned mean for each slot's initial state
-    train_iterations: int = 0  # T in training, if other than num_iterations; 0: the same
+    train_iterations: int = 0  # T in training; 0: num_iterations
     query_scale: float = 1.0  # factor of project_q's initial weights: try 3 if slots become stripes
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer
@@ -165,15 +165,16 @@ def train(config, out, checkpoint=None):
     start = checkpoint["step"] if checkpoint else 0
     seconds = checkpoint["seconds"] if checkpoint else 0.0
     source = train_set.source
-    if checkpoint and checkpoint.get("source", source) != source:
-        raise data.InputError(f"{out} is trained on {checkpoint['source']}, which is not in "
-                              f"{config.data_root}/: give its folder with --data-root")
+    if checkpoint and checkpoint["source"] != source:
+        raise data.InputError(f"{out} is trained on {checkpoint['source']}, not on {source}: "
+                              "choose the --data-root that has it")
     log = open_log(out, start)
     if not checkpoint:
         save(out, config, model, optimizers, start, seconds, source)
     changed = {key: value for key, value in asdict(config).items() if value != getattr(Config, key)}
     data.say(f"{out}, settings other than the paper's for CLEVR6: {changed or 'none'}")
-    data.say(f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out")
+    data.say(f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out; {start:,} of "
+             f"{config.steps:,} steps done")
 
     stop = catch_signals()
     logged = start
@@ -234,7 +235,7 @@ def train(config, out, checkpoint=None):
             logged = step
             clock = time.perf_counter()
         if stopping:
-            data.say(f"stopped and saved; to continue: python train.py --resume {out}")
+            data.say(f"stopped and saved; to continue: python {sys.argv[0]} --resume {out}")
             number = stop[0] if stop else signal.SIGTERM  # another process got the signal
             sys.exit(128 + number)
 
@@ -276,7 +277,7 @@ def learning_rate(step, config):
     decay = 0.5 ** (step / config.decay_steps)
     if config.muon != "none":  # not in the paper: linearly to 0
         decay = 1 - step / config.steps
-    return config.lr * min(1, step / max(config.warmup, 1)) * decay
+    return config.lr * min(1, step / config.warmup) * decay
 
 
 # --- Evaluation ---------------------------------------------------------------------------------
@@ -491,7 +492,8 @@ def write_row(log, row, config, renew):
     except OSError as error:
         raise data.InputError(f"cannot write {log.name}: {error.strerror}") from error
     left = data.duration(row["seconds"] / row["step"] * (config.steps - row["step"]))
-    values = [f"{key} {value:.4g}" for key, value in row.items() if key not in ("step", "seconds")]
+    values = [f"{key} {value:.4g}" for key, value in row.items()
+              if key not in ("step", "seconds", "peak_gib")]  # in 80 columns
     start = f"step {row['step']:,} of {config.steps:,}, {left} left"
     data.say("  ".join([start, *values]), renew)
 
@@ -511,8 +513,8 @@ def catch_signals():
     def handle(number, frame):
         stop.append(number)
         if WORLD_SIZE == 1:  # torchrun sends each signal again, and kills by itself
-            for number in caught:
-                signal.signal(number, signal.SIG_DFL)
+            for other in caught:
+                signal.signal(other, signal.SIG_DFL)
 
     for number in caught:
         signal.signal(number, handle)
@@ -599,13 +601,6 @@ def muon_and_adam(model, layers):
 
 # --- The command line ---------------------------------------------------------------------------
 
-AT_LEAST_1 = """
-    resolution num_slots num_iterations slot_dim mlp_hidden_size encoder_channels encoder_strides
-    decoder_channels decoder_strides train_count eval_count batch_size steps decay_steps eval_every
-    log_every accumulate pixel_shuffle
-""".split()
-
-
 def parse(argv=None):
     """Returns the arguments, the run's Config, and the checkpoint of --resume or --eval."""
     parser = argparse.ArgumentParser(
@@ -616,7 +611,8 @@ def parse(argv=None):
     mode.add_argument("--resume", metavar="RUN", help="continue this run")
     mode.add_argument("--eval", metavar="RUN", help="evaluate this run, or this file of weights")
     mode.add_argument("--out", type=Path, help="the run's folder [runs/ and the recipe's name]")
-    parser.add_argument("--small", action="store_true", help="a small model, for a CPU")
+    parser.add_argument("--small", action="store_true",
+                        help="a small model, trained with additions to the paper, for a CPU")
     comments = dict(re.findall(r"(\w+): .* = .*  # (.*)", inspect.getsource(Config)))
     for field in fields(Config):
         how = {"type": type(field.default), "choices": get_args(field.type) or None}
@@ -643,12 +639,10 @@ def parse(argv=None):
         if unknown:
             parser.error(f"{run} is of another version of this code: it has {unknown}")
         is_run = "steps" in recipe  # not a mere file of weights
-        if not is_run and typed.get("data", recipe["data"]) not in data.FILES:
+        if not is_run and "data" not in typed and recipe["data"] not in data.FILES:
             parser.error(f"{run} comes without its dataset: give one with --data")
     else:
         name, recipe = find_recipe(typed, "small" in args)
-        if "num_iterations" in typed:  # then for training, too
-            recipe["train_iterations"] = 0
         args.out = getattr(args, "out", Path("runs", name))
         if RANK == 0 and os.path.exists(args.out / "checkpoint.pt"):
             parser.error(f"{args.out}/ holds a run: --resume or delete it, or choose another --out")
@@ -680,10 +674,12 @@ def find_recipe(typed, small):
 def check(config, parser):
     """Ends the program if a value of the config is out of range."""
     for field in fields(Config):
-        value = getattr(config, field.name)
-        least = 1 if field.name in AT_LEAST_1 else 0
-        if field.type in (int, float, tuple) and not np.min(value) >= least:
-            parser.error(f"--{field.name.replace('_', '-')} must be at least {least}")
+        if field.type in (int, float, tuple):
+            least = np.min(getattr(config, field.name))
+            may_be_0 = field.default == 0
+            if not (least > 0 or may_be_0 and least == 0):
+                wanted = "0 or more" if may_be_0 else "more than 0"
+                parser.error(f"--{field.name.replace('_', '-')} must be {wanted}")
     if config.device not in DEVICES:
         parser.error(f"--device must be one of {DEVICES}")
     if config.batch_size % (WORLD_SIZE * config.accumulate):
