@@ -102,8 +102,8 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
 
     name: of FILES or DATASETS, or a folder of pictures, with their masks in the folder `masks`.
     root: the folder of the official files. They are decoded once, into root/cache. Without them
-    Tetrominoes and Multi-dSprites (on grey) are generated. count: at most so many scenes, of those
-    with min_objects to max_objects objects. crop, of CLEVR: "paper", the central square;
+    Tetrominoes and Multi-dSprites (on grey) are generated; other counts give other scenes. count:
+    at most so many scenes, of those with min_objects to max_objects objects. crop, of CLEVR: "paper", the central square;
     "official", the off-centre window that the official code cuts out of CLEVR_v1.0; "none", the
     whole picture, made square. A function of DATASETS gets the split alone. Raises InputError.
     """
@@ -120,7 +120,8 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     elif path := find(name, root):
         arrays = official_arrays(path, name, root, resolution, crop)
     else:
-        arrays = generate(name, split, root, count or train_count, resolution, crop,
+        total = train_count if split == "train" else 320
+        arrays = generate(name, split, root, count or total, resolution, crop,
                           min_objects, max_objects)
     source = f"generated {name}"
     index = np.arange(len(arrays["objects"]))

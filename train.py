@@ -601,6 +601,7 @@ def muon_and_adam(model, layers):
 
 # --- The command line ---------------------------------------------------------------------------
 
+
 def parse(argv=None):
     """Returns the arguments, the run's Config, and the checkpoint of --resume or --eval."""
     parser = argparse.ArgumentParser(
@@ -632,26 +633,26 @@ def parse(argv=None):
         if "small" in args:
             parser.error(f"--small is for new runs: {run} has its recipe")
         args.out = Path(run)
-        recipe = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
-        if recipe.get("device") not in DEVICES:  # a run of another machine
-            recipe["device"] = DEVICES[0]
-        unknown = recipe.keys() - Config.__annotations__.keys()
+        values = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
+        if values.get("device") not in DEVICES:  # a run of another machine
+            values["device"] = DEVICES[0]
+        unknown = values.keys() - Config.__annotations__.keys()
         if unknown:
             parser.error(f"{run} is of another version of this code: it has {unknown}")
-        is_run = "steps" in recipe  # not a mere file of weights
-        if not is_run and "data" not in typed and recipe["data"] not in data.FILES:
+        is_run = "steps" in values  # not a mere file of weights
+        if not is_run and "data" not in typed and values["data"] not in data.FILES:
             parser.error(f"{run} comes without its dataset: give one with --data")
+        if "resume" in args and not is_run:
+            parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
+        if "resume" in args and "muon" in typed:
+            parser.error("--resume continues a run with its optimizer, so without --muon")
     else:
-        name, recipe = find_recipe(typed, "small" in args)
+        name, values = find_recipe(typed, "small" in args)
         args.out = getattr(args, "out", Path("runs", name))
         if RANK == 0 and os.path.exists(args.out / "checkpoint.pt"):
             parser.error(f"{args.out}/ holds a run: --resume or delete it, or choose another --out")
-    config = Config(**{**recipe, **typed})
+    config = Config(**{**values, **typed})
     check(config, parser)
-    if "resume" in args and not is_run:
-        parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
-    if "resume" in args and checkpoint["config"].get("muon") != config.muon:
-        parser.error("--resume continues a run with the same --muon")
     return args, config, checkpoint
 
 

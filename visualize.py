@@ -312,8 +312,8 @@ def main(argv=None):
     add("--out", type=Path, help="[figure.png, row.png, curve.png, clip.png or images.png]")
     args = parser.parse_args(argv)
     with data.one_line_errors(WeightsError):
-        is_run = len(args.runs) == 1 and os.path.isdir(args.runs[0])
-        folder = args.runs[0] if is_run else ""
+        run, *others = args.runs
+        folder = "" if others or os.path.isfile(run) else run
         name = args.figure or ("images" if args.images else "figure")
         out = args.out or Path(folder, f"{name}.png")
         figure = draw_curves(args.runs) if name == "curve" else draw_runs(args.runs, args)
