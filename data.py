@@ -100,12 +100,16 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
          max_objects=254, masks=None):
     """Returns the "train" or "eval" split of a dataset as Scenes. The splits share no scene.
 
-    name: of FILES or DATASETS, or a folder of pictures, with their masks in the folder `masks`.
+    name: of FILES or DATASETS, or a folder of pictures. A function of DATASETS gets the split
+        alone, and nothing below applies.
     root: the folder of the official files. They are decoded once, into root/cache. Without them
-    Tetrominoes and Multi-dSprites (on grey) are generated; other counts give other scenes. count:
-    at most so many scenes, of those with min_objects to max_objects objects. crop, of CLEVR: "paper", the central square;
-    "official", the off-centre window that the official code cuts out of CLEVR_v1.0; "none", the
-    whole picture, made square. A function of DATASETS gets the split alone. Raises InputError.
+        Tetrominoes and Multi-dSprites (on grey) are generated.
+    count: at most so many scenes. Of generated ones, another count may give other scenes.
+    crop, of CLEVR: "paper", the central square; "official", the off-centre window that the
+        official code cuts out of CLEVR_v1.0; "none", the whole picture, made square.
+    min_objects, max_objects: only scenes with so many objects.
+    masks: the folder with the masks of a folder of pictures.
+    Raises InputError.
     """
     if name in DATASETS:
         return DATASETS[name](split)
