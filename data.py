@@ -333,7 +333,7 @@ def cropped(picture, crop):
 
 
 def resize(picture, resolution):
-    """Resizes [H, W, 3] uint8 as the official code does: bilinear, without antialiasing."""
+    """Resizes [H, W, 3] uint8 as the official code does, bilinear, not antialiased; to uint8."""
     x = torch.tensor(picture).permute(2, 0, 1)[None].float()
     x = F.interpolate(x, resolution, mode="bilinear")[0]
     return x.permute(1, 2, 0).round().byte().numpy()
@@ -927,8 +927,8 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
     Scene i depends on seed, numbers of objects and i, not on count. crop: the central square, in
     which objects may be cut or missing, as object discovery sees them; else the whole frame, made
     square. image [n, H, W, 3] uint8; label [n, H, W] uint8, 0 = background, 1 to 10; objects [n],
-    their number; target [n, 10, 19], see clevr_target. Raises InputError
-    if not 1 <= min_objects <= max_objects <= 10.
+    their number; target [n, 10, 19], see clevr_target. Raises InputError if not
+    1 <= min_objects <= max_objects <= 10.
     """
     if not 1 <= min_objects <= max_objects <= 10:
         raise InputError("synthetic CLEVR needs 1 <= min_objects <= max_objects <= 10, not "

@@ -28,11 +28,12 @@ class SlotAttention(nn.Module):
     """Slot Attention (Algorithm 1): K slots compete for N inputs, over T iterations.
 
     num_slots: K. dim: D. num_iterations: T. inputs_dim: D_in, D if not given.
-    implicit: only the last iteration is differentiated (Chang et al., 2022), and the gradient of
-        its input goes to the initial slots as it is (Jia et al., 2023).
+    implicit: the slots' gradient goes through the last iteration only (Chang et al., 2022), and
+        from there straight to the initial slots (Jia et al., 2023).
     learned_queries: each slot has a learned mean of its own, as in BO-QSA (Jia et al., 2023); the
         noise is still added.
-    Call it outside of autocast, as the models below do: softmax and mean need float32's precision.
+    Under autocast, call it within torch.autocast(device_type, enabled=False), as the models below
+    do: softmax and mean need float32's precision.
     """
 
     def __init__(
@@ -77,9 +78,8 @@ class SlotAttention(nn.Module):
                 nn.init.xavier_uniform_(parameter)
             elif "bias" in name:
                 nn.init.zeros_(parameter)
-        limit = (6 / (1 + dim)) ** 0.5  # Glorot's: Keras takes [1, 1, D] as 1 input and D outputs
-        nn.init.uniform_(self.slots_log_sigma, -limit, limit)
-        nn.init.uniform_(self.slots_mu, -limit, limit)
+        for parameter in (self.slots_log_sigma, self.slots_mu):
+            nn.init.xavier_uniform_(parameter[0])  # to Keras, [1, 1, D] is 1 input and D outputs
         if learned_queries:  # means ~ N(0, 1), noise times 1/e: the slots start apart
             nn.init.normal_(self.slots_mu)
             nn.init.constant_(self.slots_log_sigma, -1)
@@ -295,10 +295,10 @@ class Decoder(nn.Module):
 
     def forward(self, slots):
         conv = self.cnn[0]
-        if type(conv) is not Conv2dSame:
-            x = conv(self.pos(slots[:, :, None, None]))                 # [M, C, h, w]
-        else:
+        if type(conv) is Conv2dSame:
             x = self.convolve_broadcast(conv, slots)                    # the same, but faster
+        else:
+            x = conv(self.pos(slots[:, :, None, None]))                 # [M, C, h, w]
         x = self.cnn[1:](x)
         H, W = self.resolution
         return x[:, :, :H, :W]              # [M, 4, H, W]; the grid's size was rounded up
@@ -335,7 +335,7 @@ class Conv2dSame(nn.Conv2d):
     def forward(self, x):
         k = self.kernel_size[0]
         stride = self.stride[0]
-        if stride == 1:
+        if stride == 1:  # the same as below, without a copy
             return F.conv2d(x, self.weight, self.bias, padding="same")
         padding = []
         for size in (x.shape[3], x.shape[2]):  # in F.pad's order
@@ -416,7 +416,7 @@ def adjusted_rand_index(true_mask, pred_mask):
 
 
 def minimum_cost_matching(cost):
-    """Returns rows (ascending) and cols, [B, min(n, m)] each, of the cheapest matchings.
+    """Returns rows and cols, [B, min(n, m)] each, of the cheapest matchings.
 
     cost [B, n, m], n and m at most 16 (else ValueError). SciPy's linear_sum_assignment takes one
     matrix at a time, on the CPU, so that a GPU would wait for it at each step. By dynamic
@@ -426,8 +426,7 @@ def minimum_cost_matching(cost):
     n, m = cost.shape[1:]
     if n > m:
         cols, rows = minimum_cost_matching(cost.mT)
-        rows, order = rows.sort(dim=1)
-        return rows, cols.gather(1, order)
+        return rows, cols
     if m > 16:
         raise ValueError(f"matching takes 16 elements at most, not {m}")
     cost = cost.detach().float().permute(1, 2, 0).contiguous()          # [n, m, B]

@@ -355,7 +355,6 @@ def test_matching_equals_brute_force(n, m):
         rows, cols = sa.minimum_cost_matching(matrices)
         ours = matrices[torch.arange(20)[:, None], rows, cols].sum(1)
         assert_close(ours, best, rtol=1e-6, atol=1e-6)
-        assert (rows.diff() > 0).all()
 
 
 @parametrize("case", cases("ap", "thresholds", "helper"))

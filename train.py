@@ -57,7 +57,7 @@ class Config:
 
     Each field is a flag (--batch-size), and its comment the help text. The fields that are named
     like arguments of the model's constructor are passed to it. If you add one: a float's default
-    is 0.0, not 0. No number may be negative, or 0 if its default is not.
+    is 0.0, not 0. A number must be positive, or may be 0 if its default is 0.
     """
     task: Literal["object_discovery", "set_prediction"] = "object_discovery"  # what to learn
     data: str = "clevr"  # tetrominoes, multi_dsprites, clevr, clevr_like ..., or a folder
@@ -101,7 +101,7 @@ class Config:
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
-    muon: Literal["none", "encoder", "all"] = "none"  # encoder: not in the decoder; lr falls to 0
+    muon: Literal["none", "encoder", "all"] = "none"  # encoder: but not the decoder; lr falls to 0
     slot_loss: float = 0.0  # final weight of each slot's own loss; it grows from 0
 
 
@@ -587,9 +587,8 @@ def orthogonalize(matrix):
 def muon_and_adam(model, layers):
     """Returns Muon for the hidden layers' matrices, and Adam for all else.
 
-    Not for the model's first and last matrix, nor for initial slots and positions. With
-    layers="encoder" not for the decoder's either: with them slots may end in stripes. Adam's betas
-    are 0.9 and 0.95 then.
+    The model's first and last matrix, initial slots and positions are left to Adam, with betas 0.9
+    and 0.95. With layers="encoder" the decoder is, too: with Muon on it, slots may end as stripes.
     """
     matrices = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
     others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")

@@ -79,7 +79,7 @@ def load_batch(checkpoint, images, count):
             pictures.append(array)
         return data.Scenes(np.stack(pictures)).batch(range(len(pictures)))
 
-    if "data_root" not in config and config["data"] not in data.FILES:
+    if "steps" not in config and config["data"] not in data.FILES:
         raise InputError("weights come without their dataset: give pictures, --images")
     scenes = data.load(
         config["data"], "eval", config.get("data_root", "data"),
@@ -95,7 +95,7 @@ def load_batch(checkpoint, images, count):
 
 def to_rgb(picture):
     """Converts a tensor [..., 3, H, W] in [-1, 1] to an array [..., H, W, 3] in [0, 1]."""
-    return (picture / 2 + 0.5).clamp(0, 1).movedim(-3, -1).numpy()
+    return (picture / 2 + 0.5).clamp(0, 1).movedim(-3, -1).numpy(force=True)
 
 
 def slot_cells(head, weights, pictures, background):
@@ -105,7 +105,8 @@ def slot_cells(head, weights, pictures, background):
     background [H, W, 1 or 3].
     """
     K = len(weights)
-    weights = data.resize_nearest(weights.permute(1, 2, 0).numpy(), len(background))  # [H, W, K]
+    weights = weights.permute(1, 2, 0).numpy(force=True)                # [h, w, K]
+    weights = data.resize_nearest(weights, len(background))             # [H, W, K]
     cells = [(head, background * (weights @ COLORS[:K]), "black")]
     for k in range(K):
         picture = background + weights[..., k, None] * (pictures[k] - background)
@@ -308,7 +309,7 @@ def main(argv=None):
     add("--images", nargs="+", metavar="FILE", help="draw these pictures instead")
     add("--count", type=positive, default=4, help="held-out scenes to draw [4]")
     add("--num-slots", type=positive, help="slots [as in training]")
-    add("--num-iterations", type=positive, help="iterations [as in training]")
+    add("--num-iterations", type=positive, help="iterations [as in evaluation]")
     add("--out", type=Path, help="[figure.png, row.png, curve.png, clip.png or images.png]")
     args = parser.parse_args(argv)
     with data.one_line_errors(WeightsError):
