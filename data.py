@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import zipfile
-from collections import deque
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,14 +84,16 @@ def to_device(x, device):
 
 
 URL = "https://storage.googleapis.com/multi-object-datasets"
-FILES = {  # dataset: the file at URL, scenes used of it, scenes for training, resolution
-    "tetrominoes": ("tetrominoes/tetrominoes_train.tfrecords", 65_000, 60_000, 35),
-    "multi_dsprites": (
+# The file at URL, scenes used of it, scenes for training, height and width of the images.
+Dataset = namedtuple("Dataset", ["file", "used", "train", "resolution"])
+FILES = {
+    "tetrominoes": Dataset("tetrominoes/tetrominoes_train.tfrecords", 65_000, 60_000, 35),
+    "multi_dsprites": Dataset(
         "multi_dsprites/multi_dsprites_colored_on_grayscale.tfrecords", 65_000, 60_000, 64),
-    "multi_dsprites_on_colored": (
+    "multi_dsprites_on_colored": Dataset(
         "multi_dsprites/multi_dsprites_colored_on_colored.tfrecords", 65_000, 60_000, 64),
-    "clevr": ("clevr_with_masks/clevr_with_masks_train.tfrecords", 100_000, 70_000, 128),
-    "clevr_like": (None, None, 70_000, 128),  # it is always generated
+    "clevr": Dataset("clevr_with_masks/clevr_with_masks_train.tfrecords", 100_000, 70_000, 128),
+    "clevr_like": Dataset(None, None, 70_000, 128),  # it is always generated
 }
 DATASETS = {}  # your own: a name, and a function that returns Scenes of "train" or "eval"
 
@@ -116,22 +118,21 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if masks and name in FILES:
         raise InputError(f"--masks is for a folder of pictures, not for {name}")
     root = Path(root)
-    _, _, train_count, native = FILES.get(name, (None, None, np.inf, 128))
-    resolution = resolution or native
+    dataset = FILES.get(name, Dataset(None, None, np.inf, 128))
+    resolution = resolution or dataset.resolution
     if name not in FILES:
         path = Path(name).resolve()
         arrays = folder_arrays(path, root, resolution, masks and Path(masks).resolve())
     elif path := find(name, root):
         arrays = official_arrays(path, name, root, resolution, crop)
     else:
-        total = train_count if split == "train" else 320
-        arrays = generate(name, split, root, count or total, resolution, crop,
-                          min_objects, max_objects)
+        count = count or (dataset.train if split == "train" else 320)
+        arrays = generate(name, split, root, count, resolution, crop, min_objects, max_objects)
     source = f"generated {name}"
     index = np.arange(len(arrays["objects"]))
     if path:  # one set, of which a split is a part
-        source = path.name.removesuffix(".tfrecords")
-        index = split_index(len(index), split, train_count)
+        source = f"{path.name.removesuffix('.tfrecords')} ({len(index):,})"
+        index = split_index(len(index), split, dataset.train)
     objects = arrays["objects"][index]
     index = index[(objects >= min_objects) & (objects <= max_objects)][:count]
     if len(objects) and len(index) == 0:
@@ -145,7 +146,7 @@ def find(name, root):
 
     A browser saves FOLDER/name as FOLDER_name; other programs keep the folder.
     """
-    file, _, _, _ = FILES[name]
+    file = FILES[name].file
     names = [Path(file).name] if file else []
     if name == "clevr":
         names.append("CLEVR_v1.0")
@@ -164,7 +165,7 @@ def official_arrays(path, name, root, resolution, crop):
     else:
         sources = [path]
         scenes = tfrecord_scenes(path, name, resolution, crop)
-        _, total, _, _ = FILES[name]
+        total = FILES[name].used
     return cached(f"{path.name}-{resolution}-{crop}", root, sources, scenes, total)
 
 
@@ -358,7 +359,7 @@ TFRECORDS = {  # name: shape of the mask as stored; the axis of the entities in 
 
 def tfrecord_scenes(path, dataset, resolution, crop):
     """Yields the scenes of one of DeepMind's files, cropped and resized; crop is CLEVR's alone."""
-    file, limit, _, _ = FILES[dataset]
+    file = FILES[dataset].file
     is_clevr = dataset == "clevr"
     crop = crop if is_clevr else "none"
 
@@ -374,7 +375,7 @@ def tfrecord_scenes(path, dataset, resolution, crop):
         block["objects"] = [round(float(scene["visibility"].sum())) - 1]  # not the background
         return block
 
-    return in_threads(decode, read_records(path, limit))
+    return in_threads(decode, read_records(path, FILES[dataset].used))
 
 
 def read_tfrecords(path, name, limit=None):
@@ -598,7 +599,6 @@ def write_cache(path, scenes, total):
             raise InputError(f"there is no scene to build {path} from")
         about = {"start": start, "fields": fields, "objects": objects}
         archive.writestr("about.json", json.dumps(about))
-    say(f"wrote {len(objects):,} scenes")
 
 
 @functools.lru_cache  # its checksums are verified once in a run
@@ -686,7 +686,9 @@ def reading(path, hint=""):
         raise
     except Exception as error:  # PIL, torch and zipfile have many ways to say it
         reason = getattr(error, "strerror", None)
-        if not reason:
+        if isinstance(error, EOFError):
+            reason = "it ends too early: was its download interrupted?"
+        elif not reason:
             reason = f"damaged, or of the wrong kind: {error!r:.100} (python -X dev shows where)"
         raise InputError(f"{path}: {reason}{hint}") from error
 
@@ -738,7 +740,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
 
     The splits come from seeds 1 and 2 in every run, so do not test a model on scenes of seed 1.
     """
-    file, _, _, native = FILES[name]
+    dataset = FILES[name]
     makers = {
         "tetrominoes": make_tetrominoes,
         "multi_dsprites": make_multi_dsprites,
@@ -753,13 +755,14 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         size = 32
         options = resolution, min_objects or 3, max_objects, crop != "none"
     elif name not in makers:
-        raise InputError(f"no {Path(file).name} in {root}/ (--data clevr_like and --data "
-                         "multi_dsprites need no file). To fetch it: curl -fL --create-dirs "
-                         f"--output-dir {root} -C - -O {URL}/{file}")
-    elif resolution != native:
-        raise InputError(f"generated {name} come at --resolution {native} only")
+        path = root / Path(dataset.file).name
+        raise InputError(f"there is no {path} (--data clevr_like and --data multi_dsprites need no "
+                         f"file). To fetch it: curl -fL --create-dirs -C - -o {path} "
+                         f"{URL}/{dataset.file}")
+    elif resolution != dataset.resolution:
+        raise InputError(f"generated {name} come at --resolution {dataset.resolution} only")
     else:
-        say(f"{count:,} generated scenes for {split} (there is no {Path(file).name} in {root}/)")
+        say(f"{count:,} generated scenes for {split} (no {Path(dataset.file).name} in {root}/)")
 
     def make(start):
         seed = (1 if split == "train" else 2), start
@@ -932,7 +935,7 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
     """
     if not 1 <= min_objects <= max_objects <= 10:
         raise InputError("synthetic CLEVR needs 1 <= min_objects <= max_objects <= 10, not "
-                         f"{min_objects} and {max_objects}")
+                         f"{min_objects} and {max_objects} (--min-objects, --max-objects)")
     window = CLEVR_CROP[320, 480] if crop else CLEVR_FRAME
     scenes = []
     for i in range(count):

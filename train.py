@@ -85,13 +85,13 @@ class Config:
     steps: int = 500_000  # steps
     lr: float = 4e-4  # learning rate of Adam; Muon's is ten times this
     warmup: int = 10_000  # steps of linear warm-up
-    decay_steps: int = 100_000  # steps in which the learning rate halves (not with Muon)
+    decay_steps: int = 100_000  # steps in which the learning rate halves; with Muon it falls to 0
     eval_every: int = 5_000  # steps between evaluations
     log_every: int = 10  # steps between lines of log.jsonl
     accumulate: int = 1  # micro-batches a step: less memory, the same gradient
     compile: bool = False  # torch.compile; not yet measured on a GPU
     device: str = DEVICES[0]  # cuda or cpu
-    threads: int = 0  # threads on a CPU; 0: one for each core that is idle when the run begins
+    threads: int = 0  # of the CPU; 0: one for each core that is idle when the run begins
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if it is fast here
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
@@ -101,7 +101,7 @@ class Config:
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
-    muon: Literal["none", "encoder", "all"] = "none"  # encoder: but not the decoder; lr falls to 0
+    muon: Literal["none", "encoder", "all"] = "none"  # of which layers; encoder: but the decoder's
     slot_loss: float = 0.0  # final weight of each slot's own loss; it grows from 0
 
 
@@ -167,7 +167,7 @@ def train(config, out, checkpoint=None):
     source = train_set.source
     if checkpoint and checkpoint["source"] != source:
         raise data.InputError(f"{out} is trained on {checkpoint['source']}, not on {source}: "
-                              "choose the --data-root that has it")
+                              "restore it, or choose its --data-root")
     log = open_log(out, start)
     if not checkpoint:
         save(out, config, model, optimizers, start, seconds, source)
@@ -331,8 +331,8 @@ def foreground_ari(label, masks):
 
 def print_evaluation(config, checkpoint):
     """Prints the metrics after 1, 2, 3 ... iterations (generalisation, section 4.1)."""
-    scenes = load_scenes(config, "eval")
     device, autocast = set_up(config)
+    scenes = load_scenes(config, "eval")
     # Learned queries are as many as in training, whatever --num-slots says.
     trained = replace(config, num_slots=checkpoint["arguments"]["num_slots"])
     model = build_model(trained, device, checkpoint)
@@ -376,9 +376,10 @@ def set_up(config):
     else:
         device = torch.device("cpu")
         config.threads = config.threads or idle_cores()  # saved: a resumed run takes as many
-        torch.set_num_threads(config.threads)
         cpuinfo = Path("/proc/cpuinfo")  # other CPUs emulate bfloat16, 50 times slower than float32
         fast = cpuinfo.exists() and bool(re.search("avx512_bf16|amx_bf16", cpuinfo.read_text()))
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if WORLD_SIZE > 1:
         dist.init_process_group()
     dtype = config.dtype
