@@ -298,8 +298,7 @@ def clevr_v1_scenes(folder, resolution, crop):
     jobs = []
     for part in ("train", "val"):
         file = folder / f"scenes/CLEVR_{part}_scenes.json"
-        if part == "val" and not file.exists():
-            say(f"no {file}: up to 320 of the training scenes are held out instead")
+        if part == "val" and not file.exists():  # then some of the others are held out
             continue
         with reading(file):
             for scene in json.loads(file.read_bytes())["scenes"]:

@@ -162,8 +162,7 @@ def draw_objects(batch, output):
     """
     rows = []
     for image, attn in zip(batch["image"], output.attn[:, -1]):
-        cells = [("image", to_rgb(image), "black"), *attention_cells(image, attn)]
-        rows.append(("", cells))
+        rows.append(("", [("image", to_rgb(image), "black"), *attention_cells(image, attn)]))
     figure = draw(rows, 2.6)
     axes = np.reshape(figure.axes, (len(rows), -1))                     # [B, 2 + K]
     size = batch["image"].shape[-1]
@@ -215,11 +214,12 @@ def draw_runs(runs, args):
         model, checkpoint = load_run(run)
         batch = load_batch(checkpoint, args.images, args.count)
         images = batch["image"]
-        K = args.num_slots or model.slot_attention.num_slots
-        T = args.num_iterations or model.slot_attention.num_iterations
+        module = model.slot_attention
+        K = args.num_slots or module.num_slots
+        T = args.num_iterations or module.num_iterations
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(images), K, model.slot_attention.dim, generator=generator)
-        slots = model.slot_attention.init_slots(noise)                  # [B, K, D]
+        noise = torch.randn(len(images), K, module.dim, generator=generator)
+        slots = module.init_slots(noise)                                # [B, K, D]
         output = model(images, slots, num_iterations=T)
         if checkpoint["task"] == "set_prediction":
             if len(runs) > 1:
