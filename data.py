@@ -987,7 +987,7 @@ def draw_clevr_scene(rng, number):
         for key, values in factors.items()
     }
     scene = ClevrScene(camera, lamps, **factors)
-    pixel = pixel_centers(CLEVR_FRAME, 40, 60)  # a ray for 32 pixels
+    pixel = pixel_centers(CLEVR_FRAME, 40, 60)  # a ray for 32 pixels of 240 x 320
     before, _ = scene.intersect(*scene.camera_rays(pixel))
     before[:, 0] = 100  # the ground, behind all objects
     seen = before.argmin(1).bincount(minlength=number + 1)

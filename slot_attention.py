@@ -109,8 +109,8 @@ class SlotAttention(nn.Module):
         attns = []
         for _ in range(num_iterations or self.num_iterations):
             if self.implicit:
-                # The same value, cut off from the iterations before: so only the last one has a
-                # gradient, which then goes straight to init.
+                # The same value, but its gradient skips the iterations before, and goes straight
+                # to init.
                 slots = slots.detach() + (init - init.detach())
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5   # [B, K, D]

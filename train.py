@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=N train.py ...    on N GPUs, or N processes: the same training
 
 A run is a folder: checkpoint.pt, log.jsonl (one JSON object a line) and figure.png. The flags below
-change a recipe's values. In brackets are those of the paper's CLEVR6 recipe; a run begins by
+change a recipe's values. In brackets are those of --data clevr, the CLEVR6 recipe; a run begins by
 printing where its own differ.
 """
 
@@ -85,13 +85,13 @@ class Config:
     steps: int = 500_000  # steps
     lr: float = 4e-4  # learning rate of Adam; Muon's is ten times this
     warmup: int = 10_000  # steps of linear warm-up
-    decay_steps: int = 100_000  # steps in which the learning rate halves; with Muon it falls to 0
+    decay_steps: int = 100_000  # steps in which the learning rate halves; not with Muon
     eval_every: int = 5_000  # steps between evaluations
     log_every: int = 10  # steps between lines of log.jsonl
     accumulate: int = 1  # micro-batches a step: less memory, the same gradient
     compile: bool = False  # torch.compile; not yet measured on a GPU
     device: str = DEVICES[0]  # cuda or cpu
-    threads: int = 0  # of the CPU; 0: one for each core that is idle when the run begins
+    threads: int = 0  # CPU threads; 0: one for each core that is idle when the run begins
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if it is fast here
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
@@ -101,7 +101,7 @@ class Config:
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
-    muon: Literal["none", "encoder", "all"] = "none"  # of which layers; encoder: but the decoder's
+    muon: Literal["none", "encoder", "all"] = "none"  # for no layer, all but the decoder's, or all
     slot_loss: float = 0.0  # final weight of each slot's own loss; it grows from 0
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import data  # before torch, see there
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 
@@ -105,8 +106,8 @@ def slot_cells(head, weights, pictures, background):
     background [H, W, 1 or 3].
     """
     K = len(weights)
-    weights = weights.permute(1, 2, 0).numpy(force=True)                # [h, w, K]
-    weights = data.resize_nearest(weights, len(background))             # [H, W, K]
+    weights = F.interpolate(weights[None], background.shape[:2], mode="nearest-exact")[0]
+    weights = weights.permute(1, 2, 0).numpy(force=True)                # [H, W, K]
     cells = [(head, background * (weights @ COLORS[:K]), "black")]
     for k in range(K):
         picture = background + weights[..., k, None] * (pictures[k] - background)
