@@ -138,7 +138,7 @@ class SlotAttentionAutoEncoder(nn.Module):
 
     resolution: (H, W), or one number for both. The defaults are the paper's CLEVR6 model (128;
     890,308 parameters). For Multi-dSprites (64) and Tetrominoes (35) the paper has
-    encoder_channels=32, decoder_channels=32, decoder_strides=(1, 1, 1).
+    encoder_channels=32, encoder_dim=32, decoder_channels=32, decoder_strides=(1, 1, 1): 235,812.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         implicit=False,
         learned_queries=False,
         encoder_channels=64,
+        encoder_dim=64,
         encoder_strides=(1, 1, 1, 1),
         decoder_channels=64,
         decoder_strides=(2, 2, 2, 2, 1),
@@ -158,9 +159,10 @@ class SlotAttentionAutoEncoder(nn.Module):
         pixel_shuffle=1,
     ):
         super().__init__()
-        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, slot_dim)
+        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, encoder_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size,
-                                            implicit=implicit, learned_queries=learned_queries)
+                                            inputs_dim=encoder_dim, implicit=implicit,
+                                            learned_queries=learned_queries)
         self.decoder = Decoder(resolution, slot_dim, decoder_channels, decoder_strides,
                                decoder_kernel, pixel_shuffle)
 
@@ -202,12 +204,14 @@ class SlotAttentionClassifier(nn.Module):
         implicit=False,
         learned_queries=False,
         encoder_channels=64,
+        encoder_dim=64,
         encoder_strides=(1, 2, 2, 1),
     ):
         super().__init__()
-        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, slot_dim)
+        self.encoder = Encoder(resolution, encoder_channels, encoder_strides, encoder_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size,
-                                            implicit=implicit, learned_queries=learned_queries)
+                                            inputs_dim=encoder_dim, implicit=implicit,
+                                            learned_queries=learned_queries)
         self.mlp_classifier = nn.Sequential(
             nn.Linear(slot_dim, slot_dim),
             nn.ReLU(),

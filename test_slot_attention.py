@@ -224,8 +224,8 @@ def test_official_checkpoint_is_read_without_tensorflow():
         assert_array_equal(arrays[key], np.float32(rng.standard_normal(arrays[key].shape)))
         arrays[key.replace(".ATTR", ".OPTIMIZER_SLOT/optimizer/m/.ATTR")] = 0
     arrays["step"] = 500
-    small = dict(slot_dim=4, mlp_hidden_size=8, encoder_channels=4, decoder_channels=4,
-                 decoder_strides=(2, 1))
+    small = dict(slot_dim=4, mlp_hidden_size=8, encoder_channels=4, encoder_dim=4,
+                 decoder_channels=4, decoder_strides=(2, 1))
     model = sa.SlotAttentionAutoEncoder(16, 3, encoder_strides=(1, 2), **small)
     sa.load_official_weights(model, arrays)
     for strides in ((1,), (1, 2, 2)):
@@ -947,6 +947,8 @@ def test_every_recipe_makes_a_model_and_has_a_folder_of_its_own():
         model = train.build_model(config, "cpu")
         image = torch.zeros(1, 3, config.resolution, config.resolution)
         assert model(image)[0].isfinite().all()
+        if name in ("multi_dsprites", "tetrominoes"):  # counted by hand, from appendix E
+            assert sum(parameter.numel() for parameter in model.parameters()) == 235_812
         largest = model.slot_attention.project_q.weight.abs().max()
         assert 0.9 < largest / (3 / config.slot_dim) ** 0.5 / config.query_scale <= 1
 

@@ -70,6 +70,7 @@ class Config:
     slot_dim: int = 64  # size of a slot, D
     mlp_hidden_size: int = 128  # hidden units of the MLP that updates the slots
     encoder_channels: int = 64  # channels of the encoder's 5x5 convolutions
+    encoder_dim: int = 64  # size of the encoder's features
     encoder_strides: tuple = (1, 1, 1, 1)  # their strides: a convolution for each
     decoder_channels: int = 64  # channels of the decoder's transposed convolutions
     decoder_strides: tuple = (2, 2, 2, 2, 1)  # their strides: a convolution for each
@@ -109,7 +110,7 @@ SET_PREDICTION = dict(
     num_slots=10, encoder_strides=(1, 2, 2, 1), crop="none", max_objects=10, eval_count=15_000,
     batch_size=512, steps=150_000, warmup=1_000, decay_steps=50_000)
 DSPRITES = dict(
-    resolution=64, num_slots=6, encoder_channels=32, decoder_channels=32,
+    resolution=64, num_slots=6, encoder_channels=32, encoder_dim=32, decoder_channels=32,
     decoder_strides=(1, 1, 1), train_count=60_000)
 SMALL = dict(
     implicit=True, num_iterations=8, train_iterations=5, encoder_channels=32,
