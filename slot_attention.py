@@ -28,10 +28,10 @@ class SlotAttention(nn.Module):
     """Slot Attention (Algorithm 1): K slots compete for N inputs, over T iterations.
 
     num_slots: K. dim: D. num_iterations: T. inputs_dim: D_in, D if not given.
-    implicit: the slots' gradient goes through the last iteration only (Chang et al., 2022), and
-        from there straight to the initial slots (Jia et al., 2023).
-    learned_queries: each slot has a learned mean of its own, as in BO-QSA (Jia et al., 2023); the
-        noise is still added.
+    implicit: the slots' gradient goes through the last iteration only (Chang et al., arXiv
+        2207.00787), and from there straight to the initial slots (Jia et al., arXiv 2210.08990).
+    learned_queries: each slot has a learned mean of its own, as in the latter; the noise is still
+        added.
     Under autocast, call it within torch.autocast(device_type, enabled=False), as the models below
     do: softmax and mean need float32's precision.
     """
