@@ -343,7 +343,7 @@ class Conv2dSame(nn.Conv2d):
             return F.conv2d(x, self.weight, self.bias, padding="same")
         padding = []
         for size in (x.shape[3], x.shape[2]):  # in F.pad's order
-            total = max((math.ceil(size / stride) - 1) * stride + k - size, 0)
+            total = max(k - (size % stride or stride), 0)
             padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
 
