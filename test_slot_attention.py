@@ -313,7 +313,7 @@ def test_implicit_is_the_last_iteration_with_gradient():
                  torch.autograd.grad(last.sum(), [before, *weights]))  # straight through to init
 
 
-@parametrize("size", [35, 12, 5, 3])
+@parametrize("size", [35, 5, 3])
 def test_first_convolution_by_linearity_is_the_convolution(size):
     torch.manual_seed(0)
     decoder = sa.Decoder((size, size + 2), 8, 6, (1, 1)).double()
@@ -346,7 +346,7 @@ def test_hungarian_loss_equals_official(case):
     assert_allclose(pred.grad, case["grad_pred"], atol=1e-7)
 
 
-@parametrize("n, m", [(1, 1), (6, 6), (4, 6), (1, 5)])
+@parametrize("n, m", [(6, 6), (4, 6), (1, 5)])
 def test_matching_equals_brute_force(n, m):
     cost = torch.from_numpy(np.random.default_rng(0).normal(size=(20, n, m)))
     orders = torch.tensor([*itertools.permutations(range(m), n)])
@@ -354,7 +354,7 @@ def test_matching_equals_brute_force(n, m):
     for matrices in (cost, cost.mT):
         rows, cols = sa.minimum_cost_matching(matrices)
         ours = matrices[torch.arange(20)[:, None], rows, cols].sum(1)
-        assert_close(ours, best, rtol=1e-6, atol=1e-6)
+        assert_allclose(ours, best, rtol=1e-6)
 
 
 @parametrize("case", cases("ap", "thresholds", "helper"))
@@ -582,6 +582,9 @@ def test_own_pictures_train_as_the_same_arrays(refused, monkeypatch):
     run(f"{flags} --data mine --out b")
     assert log_of("a") == log_of("b")
     assert "--batch-size 32" in refused("--data own --small")
+    as_in_a_new_process()
+    shutil.copy("own/tiny.png", "own/new.png")  # other pictures would be held out
+    assert "trained on own" in refused("--resume a --steps 7")
 
 
 def test_masks_are_entities_by_value():
@@ -689,18 +692,15 @@ def test_a_data_folder_that_cannot_be_written(capsys):
 
 def test_checksums_are_verified_once_in_a_process(monkeypatch):
     verified = []
-    loaded = []
     testzip = zipfile.ZipFile.testzip
 
     def watched(archive):
-        verified.append(archive.filename)
+        verified.append(Path(archive.filename).parent.name)
         return testzip(archive)
 
     monkeypatch.setattr(zipfile.ZipFile, "testzip", watched)
-    monkeypatch.setattr(train, "catch_signals", lambda: loaded.extend(verified) or [])
     train.main(f"{TINY} --steps 1 --out run".split())  # loads, evaluates, draws
-    assert len(loaded) == 2
-    assert [name for name in verified if "cache" in str(name)] == loaded
+    assert verified.count("cache") == 2
 
 
 # --- Training, evaluation, figures --------------------------------------------------------------
@@ -945,8 +945,7 @@ def test_every_recipe_makes_a_model_and_has_a_folder_of_its_own():
         if name and "small" not in name:
             assert config == train.parse(f"--data {flags} {NOT_IN_THE_PAPER}".split())[1]
         model = train.build_model(config, "cpu")
-        image = torch.zeros(1, 3, config.resolution, config.resolution)
-        assert model(image)[0].isfinite().all()
+        assert model(torch.zeros(1, 3, config.resolution, config.resolution))[0].isfinite().all()
         if name in ("multi_dsprites", "tetrominoes"):  # counted by hand, from appendix E
             assert sum(parameter.numel() for parameter in model.parameters()) == 235_812
         largest = model.slot_attention.project_q.weight.abs().max()
