@@ -1,8 +1,8 @@
 """Slot Attention in PyTorch: "Object-Centric Learning with Slot Attention", Locatello et al., 2020.
 
 By default, outputs, losses and the norms of gradients equal those of the official TensorFlow code.
-Section and equation numbers are the paper's (https://arxiv.org/abs/2006.15055), and so are these
-symbols:
+Section and equation numbers are the paper's (https://arxiv.org/abs/2006.15055). Of its symbols, D
+and D_slots are both D here, and D_inputs is D_in:
 
     B  images in a batch      N  input features, h * w of the encoder's grid
     K  slots                  D  size of a slot (D_in: of an input feature)
@@ -27,7 +27,8 @@ import torch.nn.functional as F
 class SlotAttention(nn.Module):
     """Slot Attention (Algorithm 1): K slots compete for N inputs, over T iterations.
 
-    num_slots: K. dim: D. num_iterations: T. inputs_dim: D_in, D if not given.
+    num_slots: K. dim: D. num_iterations: T. mlp_hidden_size: of the MLP that updates the slots.
+    inputs_dim: D_in, D if not given. eps: added to the attention before the weighted mean.
     implicit: the slots' gradient goes through the last iteration only (Chang et al., arXiv
         2207.00787), and from there straight to the initial slots (Jia et al., arXiv 2210.08990).
     learned_queries: each slot has a learned mean of its own, as in the latter; the noise is still
@@ -109,8 +110,8 @@ class SlotAttention(nn.Module):
         attns = []
         for _ in range(num_iterations or self.num_iterations):
             if self.implicit:
-                # The same value, but its gradient skips the iterations before, and goes straight
-                # to init.
+                # Straight-through: the same value, but its gradient skips the iterations before
+                # and goes to init.
                 slots = slots.detach() + (init - init.detach())
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5   # [B, K, D]
@@ -136,9 +137,10 @@ SetPrediction = namedtuple("SetPrediction", ["predictions", "slots", "attn"])
 class SlotAttentionAutoEncoder(nn.Module):
     """Object discovery (section 2.2): an image becomes slots, each slot a picture and a mask.
 
-    resolution: (H, W), or one number for both. The defaults are the paper's CLEVR6 model (128;
-    890,308 parameters). For Multi-dSprites (64) and Tetrominoes (35) the paper has
-    encoder_channels=32, encoder_dim=32, decoder_channels=32, decoder_strides=(1, 1, 1): 235,812.
+    resolution: (H, W), or one number for both. The defaults are the paper's CLEVR6 model (at 128,
+    K = 7; 890,308 parameters). For Multi-dSprites (64, K = 6) and Tetrominoes (35, K = 4) the paper
+    has encoder_channels=32, encoder_dim=32, decoder_channels=32, decoder_strides=(1, 1, 1) (235,812
+    parameters). train.Config says what each argument means.
     """
 
     def __init__(
@@ -174,7 +176,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         masks [B, K, 1, H, W]: sum to 1 over the slots; slots [B, K, D]; attn [B, T, K, h, w].
         The arguments slots, num_slots and num_iterations are as in SlotAttention.forward.
         """
-        features = self.encoder(image)                                  # [B, N, D]
+        features = self.encoder(image)                                  # [B, N, D_in]
         with no_autocast(features):
             slots, attn = self.slot_attention(features, slots, num_slots, num_iterations)
         decoded = self.decoder(slots.flatten(0, 1)).to(slots.dtype)     # [B * K, 4, H, W]
@@ -225,7 +227,7 @@ class SlotAttentionClassifier(nn.Module):
         predictions [B, K, 19] in [0, 1]: an object per slot; slots [B, K, D]; attn [B, T, K, h, w].
         The arguments slots, num_slots and num_iterations are as in SlotAttention.forward.
         """
-        features = self.encoder(image)                                  # [B, N, D]
+        features = self.encoder(image)                                  # [B, N, D_in]
         with no_autocast(features):
             slots, attn = self.slot_attention(features, slots, num_slots, num_iterations)
         predictions = self.mlp_classifier(slots).to(slots.dtype).sigmoid()   # [B, K, 19]
@@ -246,10 +248,10 @@ def no_autocast(x):
 class Encoder(nn.Module):
     """A CNN with a 5x5 convolution per stride, position embedding, LayerNorm, MLP (appendix E).
 
-    image [B, 3, H, W] -> features [B, N, D], N = h * w.
+    image [B, 3, H, W] -> features [B, N, D_in], N = h * w.
     """
 
-    def __init__(self, resolution, channels, strides, dim):
+    def __init__(self, resolution, channels, strides, features_dim):
         super().__init__()
         self.grid_size = [math.ceil(size / math.prod(strides)) for size in to_pair(resolution)]
         layers = []
@@ -260,13 +262,17 @@ class Encoder(nn.Module):
         self.cnn = nn.Sequential(*layers)
         self.pos = SoftPositionEmbed(channels, self.grid_size)
         self.layer_norm = nn.LayerNorm(channels, eps=1e-3)
-        self.mlp = nn.Sequential(nn.Linear(channels, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, features_dim),
+            nn.ReLU(),
+            nn.Linear(features_dim, features_dim),
+        )
         keras_init(self)  # of all layers above: load pretrained ones after it
 
     def forward(self, image):
         x = self.cnn(image)                                             # [B, C, h, w]
         x = self.pos(x).flatten(2).mT                                   # [B, N, C]
-        return self.mlp(self.layer_norm(x))                             # [B, N, D]
+        return self.mlp(self.layer_norm(x))                             # [B, N, D_in]
 
 
 class Decoder(nn.Module):

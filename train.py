@@ -102,7 +102,7 @@ class Config:
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
-    muon: Literal["none", "encoder", "all"] = "none"  # for no layer, all but the decoder's, or all
+    muon: Literal["none", "encoder", "all"] = "none"  # for no layer, all but the decoder's, all
     slot_loss: float = 0.0  # final weight of each slot's own loss; it grows from 0
 
 
@@ -124,7 +124,7 @@ SMALL_DSPRITES = dict(
 SMALL_SET_PREDICTION = dict(
     SMALL, num_slots=10, crop="none", max_objects=10, learned_queries=True, num_iterations=4,
     train_iterations=0, slot_loss=0.0, encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
-RECIPES = {  # by the name of the run's folder: what differs from Config, besides data and task
+RECIPES = {  # NAME[-set_prediction][-small]: what differs from Config; folder: of any pictures
     "clevr": {},
     "clevr-small": SMALL_64,
     "clevr_like": {},

@@ -223,8 +223,8 @@ def draw_runs(runs, args):
         slots = module.init_slots(noise)                                # [B, K, D]
         output = model(images, slots, num_iterations=T)
         if checkpoint["task"] == "set_prediction":
-            if len(runs) > 1:
-                raise InputError("runs of set prediction are drawn one at a time")
+            if len(runs) > 1 or args.figure:
+                raise InputError("runs of set prediction are drawn one at a time, without --figure")
             return draw_objects(batch, output)
         if args.figure == "clip":
             rows += clip_rows(model, images, slots[:1], T)
