@@ -190,6 +190,8 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not EPS: that 
 @functools.lru_cache  # once in a run
 def folder_arrays(folder, root, resolution, masks=None):
     """Returns the arrays of all pictures under a folder, sorted by name, through the cache."""
+    if masks and masks in (folder, *folder.parents):
+        raise InputError(f"--masks {masks} must be another folder than that of the pictures")
     files = []
     others = []
     with reading(folder):
@@ -621,12 +623,13 @@ def in_threads(function, jobs):
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a job has one
+    workers = os.cpu_count() if "RANK" in os.environ else threads  # torchrun sets threads to 1
     results = deque()
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             for job in jobs:
                 results.append(pool.submit(function, job))
-                if len(results) > 2 * threads:
+                if len(results) > 2 * workers:
                     yield results.popleft().result()
             while results:
                 yield results.popleft().result()
@@ -708,7 +711,8 @@ def whole_file(path):
     except OSError as error:
         raise InputError(f"cannot write {path} ({error}); what was there before is kept") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def lock(file, wait=False):

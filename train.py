@@ -168,7 +168,7 @@ def train(config, out, checkpoint=None):
     source = train_set.source
     if checkpoint and checkpoint["source"] != source:
         raise data.InputError(f"{out} is trained on {checkpoint['source']}, not on {source}: "
-                              "restore it, or choose its --data-root")
+                              "restore that, or choose its --data-root")
     log = open_log(out, start)
     if not checkpoint:
         save(out, config, model, optimizers, start, seconds, source)
@@ -236,7 +236,7 @@ def train(config, out, checkpoint=None):
             logged = step
             clock = time.perf_counter()
         if stopping:
-            data.say(f"stopped and saved; to continue: python {sys.argv[0]} --resume {out}")
+            data.say(f"stopped and saved; to continue, call it with --resume {out}")
             number = stop[0] if stop else signal.SIGTERM  # another process got the signal
             sys.exit(128 + number)
 
@@ -337,6 +337,8 @@ def print_evaluation(config, checkpoint):
     # Learned queries are as many as in training, whatever --num-slots says.
     trained = replace(config, num_slots=checkpoint["arguments"]["num_slots"])
     model = build_model(trained, device, checkpoint)
+    if scenes.source != checkpoint.get("source", scenes.source):
+        data.say(f"trained on {checkpoint['source']}: some of these scenes may have been in it")
     print(f"{len(scenes):,} held-out scenes of {scenes.source}, {config.num_slots} slots")
     for iterations in range(1, max(8, config.num_iterations) + 1):
         result = evaluate(model, config, scenes, device, autocast, iterations)
@@ -380,7 +382,7 @@ def set_up(config):
         cpuinfo = Path("/proc/cpuinfo")  # other CPUs emulate bfloat16, 50 times slower than float32
         fast = cpuinfo.exists() and bool(re.search("avx512_bf16|amx_bf16", cpuinfo.read_text()))
     if config.threads:
-        torch.set_num_threads(config.threads)
+        torch.set_num_threads(min(config.threads, os.cpu_count()))
     if WORLD_SIZE > 1:
         dist.init_process_group()
     dtype = config.dtype
@@ -398,10 +400,13 @@ def idle_cores():
     stat = Path("/proc/stat")
     if not stat.exists():  # not Linux
         return torch.get_num_threads()
-    before = float(stat.read_text().split()[4])  # of all cores, in 1/100 s
+    def idle():  # of all cores, in 1/100 s, also those that wait for a disk
+        return sum(map(int, stat.read_text().split()[4:6]))
+
+    before = idle()
     time.sleep(0.5)
-    idle = (float(stat.read_text().split()[4]) - before) / 50
-    return min(max(round(idle), 1), torch.get_num_threads())
+    cores = round((idle() - before) / 50)
+    return min(max(cores, 1), torch.get_num_threads())
 
 
 def keep_freed_memory():
@@ -635,8 +640,8 @@ def parse(argv=None):
             parser.error(f"--small is for new runs: {run} has its recipe")
         args.out = Path(run)
         values = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
-        if values.get("device") not in DEVICES:  # a run of another machine
-            values["device"] = DEVICES[0]
+        if "eval" in args:  # maybe on another machine
+            values.update(device=DEVICES[0], threads=0)
         unknown = values.keys() - Config.__annotations__.keys()
         if unknown:
             parser.error(f"{run} is of another version of this code: it has {unknown}")
@@ -683,7 +688,7 @@ def check(config, parser):
                 wanted = "0 or more" if may_be_0 else "more than 0"
                 parser.error(f"--{field.name.replace('_', '-')} must be {wanted}")
     if config.device not in DEVICES:
-        parser.error(f"--device must be one of {DEVICES}")
+        parser.error(f"there is no {config.device} here: --device must be one of {DEVICES}")
     if config.batch_size % (WORLD_SIZE * config.accumulate):
         parser.error(f"--batch-size must be a multiple of {WORLD_SIZE} processes x --accumulate")
     if config.task == "set_prediction" and (config.num_slots > 16 or config.crop != "none"):

@@ -198,7 +198,7 @@ def draw_curves(runs):
     scores.set(ylabel="FG-ARI or AP", xlabel="steps")
     for run in runs:
         with data.reading(f"{run}/log.jsonl"), open(f"{run}/log.jsonl") as log:
-            rows = list(map(json.loads, log))
+            rows = [json.loads(line) for line in log if line.endswith("\n")]  # not cut by a kill
         for key in "loss eval_loss fg_ari ap_inf ap_1 ap_0.5 ap_0.25 ap_0.125".split():
             points = [(row["step"], row[key]) for row in rows if key in row]
             axis = losses if "loss" in key else scores
