@@ -153,8 +153,8 @@ class SlotAttentionAutoEncoder(nn.Module):
         implicit=False,
         learned_queries=False,
         encoder_channels=64,
-        encoder_dim=64,
         encoder_strides=(1, 1, 1, 1),
+        encoder_dim=64,
         decoder_channels=64,
         decoder_strides=(2, 2, 2, 2, 1),
         decoder_kernel=5,
@@ -206,8 +206,8 @@ class SlotAttentionClassifier(nn.Module):
         implicit=False,
         learned_queries=False,
         encoder_channels=64,
-        encoder_dim=64,
         encoder_strides=(1, 2, 2, 1),
+        encoder_dim=64,
     ):
         super().__init__()
         self.encoder = Encoder(resolution, encoder_channels, encoder_strides, encoder_dim)

@@ -70,8 +70,8 @@ class Config:
     slot_dim: int = 64  # size of a slot, D
     mlp_hidden_size: int = 128  # hidden units of the MLP that updates the slots
     encoder_channels: int = 64  # channels of the encoder's 5x5 convolutions
-    encoder_dim: int = 64  # size of the encoder's features
     encoder_strides: tuple = (1, 1, 1, 1)  # their strides: a convolution for each
+    encoder_dim: int = 64  # size of the encoder's features
     decoder_channels: int = 64  # channels of the decoder's transposed convolutions
     decoder_strides: tuple = (2, 2, 2, 2, 1)  # their strides: a convolution for each
     # The data
@@ -400,6 +400,7 @@ def idle_cores():
     stat = Path("/proc/stat")
     if not stat.exists():  # not Linux
         return torch.get_num_threads()
+
     def idle():  # of all cores, in 1/100 s, also those that wait for a disk
         return sum(map(int, stat.read_text().split()[4:6]))
 

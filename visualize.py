@@ -231,7 +231,7 @@ def draw_runs(runs, args):
         elif args.figure == "row":
             rows += [("", wide_cells(image, output, i)) for i, image in enumerate(images)]
         elif len(runs) > 1:
-            rows += scene_rows(Path(run).stem, images, output)
+            rows += scene_rows(Path(run).name.removesuffix(".pt"), images, output)
         else:
             rows += scene_rows("(a) scene", images, output)
             rows += iteration_rows(model, images[:1], slots[:1], T)
