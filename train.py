@@ -379,8 +379,10 @@ def set_up(config):
     else:
         device = torch.device("cpu")
         config.threads = config.threads or idle_cores()  # saved: a resumed run takes as many
-        cpuinfo = Path("/proc/cpuinfo")  # other CPUs emulate bfloat16, 50 times slower than float32
-        fast = cpuinfo.exists() and bool(re.search("avx512_bf16|amx_bf16", cpuinfo.read_text()))
+        # Other CPUs emulate it, 50 times slower than float32; Intel's without AMX are slower, too.
+        bfloat16 = "(?s)amx_bf16|AuthenticAMD.*avx512_bf16"
+        cpuinfo = Path("/proc/cpuinfo")
+        fast = cpuinfo.exists() and bool(re.search(bfloat16, cpuinfo.read_text()))
     if config.threads:
         torch.set_num_threads(min(config.threads, os.cpu_count()))
     if WORLD_SIZE > 1:

@@ -215,20 +215,22 @@ def draw_runs(runs, args):
         model, checkpoint = load_run(run)
         batch = load_batch(checkpoint, args.images, args.count)
         images = batch["image"]
+        is_set = checkpoint["task"] == "set_prediction"
+        if is_set and (len(runs) > 1 or args.figure):
+            raise InputError("runs of set prediction are drawn one at a time, without --figure")
         module = model.slot_attention
         K = args.num_slots or module.num_slots
         T = args.num_iterations or module.num_iterations
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(len(images), K, module.dim, generator=generator)
         slots = module.init_slots(noise)                                # [B, K, D]
-        output = model(images, slots, num_iterations=T)
-        if checkpoint["task"] == "set_prediction":
-            if len(runs) > 1 or args.figure:
-                raise InputError("runs of set prediction are drawn one at a time, without --figure")
-            return draw_objects(batch, output)
         if args.figure == "clip":
             rows += clip_rows(model, images, slots[:1], T)
-        elif args.figure == "row":
+            continue
+        output = model(images, slots, num_iterations=T)
+        if is_set:
+            return draw_objects(batch, output)
+        if args.figure == "row":
             rows += [("", wide_cells(image, output, i)) for i, image in enumerate(images)]
         elif len(runs) > 1:
             rows += scene_rows(Path(run).name.removesuffix(".pt"), images, output)
