@@ -84,7 +84,8 @@ def to_device(x, device):
 
 
 URL = "https://storage.googleapis.com/multi-object-datasets"
-# The file at URL, scenes used of it, scenes for training, height and width of the images.
+# The file at URL, how many of its first scenes are used, and of these for training, and height and
+# width of the images.
 Dataset = namedtuple("Dataset", ["file", "used", "train", "resolution"])
 FILES = {
     "tetrominoes": Dataset("tetrominoes/tetrominoes_train.tfrecords", 65_000, 60_000, 35),
@@ -130,7 +131,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
         arrays = generate(name, split, root, count, resolution, crop, min_objects, max_objects)
     source = f"generated {name}"
     index = np.arange(len(arrays["objects"]))
-    if path:  # one set, of which a split is a part
+    if path:  # not generated: one set, of which a split is a part
         source = f"{path.name.removesuffix('.tfrecords')} ({len(index):,})"
         index = split_index(len(index), split, dataset.train)
     objects = arrays["objects"][index]
@@ -208,23 +209,36 @@ def folder_arrays(folder, root, resolution, masks=None):
     def mask_of(path):
         return (masks / path.relative_to(folder)).with_suffix(".png")
 
+    unusable = []
+
     def read(path):
-        picture = read_picture(path)
-        block = {"image": square(picture, resolution)[None], "objects": [0]}
-        if masks:
-            label = read_mask(mask_of(path), picture.size)
-            block["label"] = resize_nearest(label, resolution)[None]
-            block["objects"] = [len(np.setdiff1d(label, (0, 255)))]
-        return block
+        try:
+            picture = read_picture(path)
+            block = {"image": square(picture, resolution)[None], "objects": [0]}
+            if masks:
+                label = read_mask(mask_of(path), picture.size)
+                block["label"] = resize_nearest(label, resolution)[None]
+                block["objects"] = [len(np.setdiff1d(label, (0, 255)))]
+            return block
+        except InputError as error:
+            unusable.append(str(error))
+
+    def blocks():
+        yield from filter(None, in_threads(read, files))
+        if unusable:  # say so once for all
+            raise InputError(f"{len(unusable)} unusable: {'; '.join(unusable[:20])}")
 
     sources = [*files]
     if masks:
         sources += map(mask_of, files)
-    blocks = in_threads(read, files)
-    arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks, len(files))
-    if masks and not arrays["objects"].any():
+    arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks(), len(files))
+    most = max(arrays["objects"])
+    if masks and most == 0:
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
                          "background, 255 is left out)")
+    if masks and most == 1:
+        say(f"the masks in {masks} have one entity each: FG-ARI is 1 if a slot has all of its "
+            "pixels, else 0")
     return arrays
 
 
@@ -247,14 +261,14 @@ def square(picture, resolution):
 
 
 def read_mask(path, size):
-    """Returns the central square of a mask, [h, h] uint8; its picture has a size (W, H)."""
+    """Returns the central square of a mask, [h, h] uint8. size: its picture's (W, H)."""
     with reading(path), Image.open(path, formats=["PNG"]) as mask:
-        if mask.mode not in ("L", "P"):
-            raise InputError(f"{path}: a mask is a grey or palette PNG of 8 bits, not of mode "
-                             f"{mask.mode}")
+        if mask.mode not in ("1", "L", "P"):
+            raise InputError(f"{path}: a mask is a grey or palette PNG of at most 8 bits, not of "
+                             f"mode {mask.mode}")
         if mask.size != size:
             raise InputError(f"{path}: the mask has {mask.size} pixels, its picture {size}")
-        return np.array(center_crop(mask, min(size)))
+        return np.array(center_crop(mask, min(size)), np.uint8)
 
 
 # --- CLEVR --------------------------------------------------------------------------------------
@@ -575,7 +589,7 @@ def cached(name, root, sources, scenes, total):
             continue
         with file:
             if not lock(file):
-                say(f"waiting for another process that writes into {folder}")
+                say(f"waiting for another process that writes into {folder} (maybe of this run)")
                 lock(file, wait=True)
             if not path.exists():  # another process may have built it meanwhile
                 write_cache(path, scenes, total)
@@ -619,11 +633,12 @@ def read_cache(path):
 def in_threads(function, jobs):
     """Yields function(job) of each job, in order, from as many threads as torch would use.
 
-    Few jobs are taken ahead.
+    At most two jobs a thread are waiting, so memory stays small.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a job has one
-    workers = os.cpu_count() if "RANK" in os.environ else threads  # torchrun sets threads to 1
+    # torchrun sets threads to 1.
+    workers = min(16, os.cpu_count()) if "RANK" in os.environ else threads
     results = deque()
     try:
         with ThreadPoolExecutor(workers) as pool:
@@ -902,7 +917,7 @@ CLEVR_COLORS = to_rgba_array(
     "#ffffff #ad2323 #29d0d0 #1d6914 #2a4bd7 #814a19 #575757 #8126c0 #ffee33".split())[:, :3]
 # A solid of size 1 is where |ball * point| <= 1 and, on each axis, |box * point| <= 1. 0: no limit.
 # A ball of radius 1.61 cuts off the cube's corners. reach is the square of the solid's radius, and
-# 1 % more; 0 for the ground, so that no ray is near to it.
+# 1 % more; 0 for the ground: intersect leaves it to shade.
 CLEVR_SOLIDS = np.loadtxt("""
 #   ground  sphere  cylinder  cube
     0       1       1         0.62   # ball, x
@@ -1068,7 +1083,7 @@ class ClevrScene:
         return self.camera.expand_as(direction), direction
 
     def intersect(self, origin, direction):
-        """Returns the distance along rays to each solid, and the way inside it divided by that.
+        """Returns the distance along rays to each solid, and the length inside it divided by that.
 
         [R, E] each; inf and 0 for rays that miss it.
         """
@@ -1121,20 +1136,20 @@ class ClevrScene:
         gloss = 0
         for lamp, power in zip(self.lamps, self.power):
             to_lamp = lamp - position
-            distance = dot(to_lamp, to_lamp).sqrt()
-            to_lamp /= distance
+            length = dot(to_lamp, to_lamp).sqrt()
+            to_lamp /= length
             # Soft shadows: lamps have a size, so where a solid is thin, they look over its edge.
             _, inside = self.intersect(position, to_lamp)
             shadow = 2 * inside.amax(1, keepdim=True)
             aim = F.normalize(lamp, dim=0)  # at the origin
-            power = (
+            beam = (
                 power
                 * (1 - shadow).clamp(0)
                 * dot(to_lamp, aim).clamp(0)
             )
-            diffuse = power * dot(to_lamp, normal).clamp(0)
-            light = light + diffuse / distance ** 2
-            gloss += power * dot(to_lamp, mirrored).clamp(0) ** 100
+            diffuse = beam * dot(to_lamp, normal).clamp(0)
+            light = light + diffuse / length ** 2
+            gloss += beam * dot(to_lamp, mirrored).clamp(0) ** 100
         if mirrors:
             metal = self.metal[entity]
             seen, _ = self.shade(position[metal], mirrored[metal], False)

@@ -1,6 +1,7 @@
 """Slot Attention in PyTorch: "Object-Centric Learning with Slot Attention", Locatello et al., 2020.
 
-By default, outputs, losses and the norms of gradients equal those of the official TensorFlow code.
+In float32 and with the default arguments, outputs (to 1e-4), losses (to 1e-6 of their value) and
+norms of gradients (to 3e-4) equal those of the official TensorFlow code.
 Section and equation numbers are the paper's (https://arxiv.org/abs/2006.15055). Of its symbols, D
 and D_slots are both D here, and D_inputs is D_in:
 
@@ -31,8 +32,8 @@ class SlotAttention(nn.Module):
     inputs_dim: D_in, D if not given. eps: added to the attention before the weighted mean.
     implicit: the slots' gradient goes through the last iteration only (Chang et al., arXiv
         2207.00787), and from there straight to the initial slots (Jia et al., arXiv 2210.08990).
-    learned_queries: each slot has a learned mean of its own, as in the latter; the noise is still
-        added.
+        That of attn goes through each iteration.
+    learned_queries: each slot has a learned mean of its own (Jia et al.); the noise is still added.
     Under autocast, call it within torch.autocast(device_type, enabled=False), as the models below
     do: softmax and mean need float32's precision.
     """
@@ -94,9 +95,9 @@ class SlotAttention(nn.Module):
     def forward(self, inputs, slots=None, num_slots=None, num_iterations=None):
         """Returns slots [B, K, D] and attn [B, T, K, N], the attention of each iteration.
 
-        inputs [B, N, D_in]; slots [B, K, D]: initial slots; if not given, num_slots are sampled.
-        num_slots and num_iterations: K and T, if other than in the constructor. attn sums to 1 over
-        the slots: it is the softmax, before it is normalised over the inputs.
+        inputs [B, N, D_in]; slots [B, K, D]: the initial slots. If they are not given, num_slots
+        are sampled. num_slots and num_iterations: K and T, if other than in the constructor. attn
+        sums to 1 over the slots: it is the softmax, before it is normalised over the inputs.
         """
         dtype = self.slots_mu.dtype  # inputs and slots may come in bfloat16
         inputs = self.norm_inputs(inputs.to(dtype))                     # [B, N, D_in]
@@ -116,7 +117,7 @@ class SlotAttention(nn.Module):
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5   # [B, K, D]
             attn = (q @ k.mT).softmax(dim=1)                            # [B, K, N]; equation 1
-            weights = attn + self.eps
+            weights = attn + self.eps                                   # as in Algorithm 1
             weights = weights / weights.sum(dim=2, keepdim=True)        # weighted mean: equation 2
             updates = weights @ v                                       # [B, K, D]
             slots = self.gru(updates.flatten(0, 1), slots_prev.flatten(0, 1))   # [B * K, D]
@@ -140,7 +141,8 @@ class SlotAttentionAutoEncoder(nn.Module):
     resolution: (H, W), or one number for both. The defaults are the paper's CLEVR6 model (at 128,
     K = 7; 890,308 parameters). For Multi-dSprites (64, K = 6) and Tetrominoes (35, K = 4) the paper
     has encoder_channels=32, encoder_dim=32, decoder_channels=32, decoder_strides=(1, 1, 1) (235,812
-    parameters). train.Config says what each argument means.
+    parameters). encoder_dim: D_in. Encoder and Decoder have a convolution for each of their
+    strides. The other arguments are those of SlotAttention and Decoder.
     """
 
     def __init__(
@@ -280,8 +282,9 @@ class Decoder(nn.Module):
 
     slots [M, D] -> a picture and a mask's logit [M, 4, H, W], M = B * K. A slot is copied to every
     cell of a grid and gets a position embedding. Then come one transposed convolution per stride
-    (at stride 1 that is a convolution with the kernel flipped) and a 3x3 one. pixel_shuffle r: each
-    cell of the last map becomes r x r pixels (not in the paper; fast on CPUs).
+    (at stride 1 that is a convolution with the kernel flipped) and a 3x3 one. pixel_shuffle r: all
+    maps are smaller by r, and each cell of the last one becomes r x r pixels (not in the paper;
+    fast on CPUs).
     """
 
     def __init__(self, resolution, dim, channels, strides, kernel_size=5, pixel_shuffle=1):
@@ -407,7 +410,8 @@ def adjusted_rand_index(true_mask, pred_mask):
 
     true_mask [B, P, Gt]: one-hot, 0/1 or 0/255. Points (pixels) of all zeros are ignored: leave out
     the background's group for FG-ARI. pred_mask [B, P, Gp]: scores; a point belongs to the largest.
-    As in DeepMind's multi_object_datasets, but 1 where that gives NaN (0/0).
+    As in DeepMind's multi_object_datasets, but 1 where that gives NaN (0/0). Call it outside
+    autocast, which would round the counts. train.foreground_ari takes a model's masks and labels.
     """
     true = (true_mask > 0).float()                                      # [B, P, Gt]
     pred = F.one_hot(pred_mask.argmax(dim=2), pred_mask.shape[2]).float()

@@ -607,6 +607,17 @@ def test_masks_are_entities_by_value():
     assert "fg_ari" in log_of("run")[-1]
 
 
+def test_masks_of_one_bit_and_of_one_entity(capsys):
+    label = np.eye(4, dtype=bool)
+    for folder in ("own", "masks"):
+        os.mkdir(folder)
+        for name in "ab":
+            Image.fromarray(label).save(f"{folder}/{name}.png")
+    arrays = arrays_of(data.load("own", "train", resolution=4, masks="masks"))
+    assert_array_equal(arrays["label"], [label])
+    assert "one entity each" in capsys.readouterr().err
+
+
 def test_fg_ari_of_many_entities_and_of_pixels_left_out():
     label = torch.tensor([[[1, 1, 12, 12, 12, 0, 255]]], dtype=torch.uint8)
     masks = torch.tensor([1, 1, 1, 0, 0, 0, 1]).view(1, 1, 1, 1, 7)
@@ -623,11 +634,15 @@ def test_fg_ari_of_many_entities_and_of_pixels_left_out():
     ("masks/a.png", lambda path: Image.new("RGB", (10, 6)).save(path)),
     ("masks/a.png", os.remove)])
 def test_unfit_pictures_and_masks_are_named(refused, path, spoil):
-    for file in ("own/a.jpg", "masks/a.png"):
-        os.mkdir(os.path.dirname(file))
+    other = path.replace("a.", "b.")
+    for file in ("own/a.jpg", "own/b.jpg", "masks/a.png", "masks/b.png"):
+        os.makedirs(os.path.dirname(file), exist_ok=True)
         Image.new("L", (10, 6)).save(file)
     spoil(path)
-    assert str(Path(path)) in refused("--data own --masks masks --small")
+    spoil(other)
+    line = refused("--data own --masks masks --small")
+    assert str(Path(path)) in line
+    assert str(Path(other)) in line or spoil is os.remove  # the first missing one alone
 
 
 # --- The cache ----------------------------------------------------------------------------------
@@ -777,12 +792,14 @@ def test_a_run_is_saved_every_ten_minutes(monkeypatch):
     assert saved == [0, 1, 2, 3]
 
 
-def test_what_a_resumed_run_takes_from_where(monkeypatch):
+def test_what_a_resumed_run_takes_from_where(monkeypatch, capsys):
     run(f"{TINY} --steps 1 --muon none --clip 0.001 --threads 0 --out run")
     monkeypatch.setattr(train, "DEVICES", ["cuda", "cpu"])  # as on a machine with a GPU
     _, config, checkpoint = train.parse("--resume run --clip 0.5".split())
     assert (config.device, config.clip, config.slot_dim) == ("cpu", 0.5, 8)
     assert config.threads  # as many as were idle
+    train.set_up(config)
+    assert "--device cuda" in capsys.readouterr().err
     assert train.parse("--eval run".split())[1].device == "cuda"
     adam, = checkpoint["optimizers"]
     assert adam["param_groups"][0]["lr"] == 0  # the official step 0
@@ -1332,8 +1349,8 @@ def test_the_readme_runs(monkeypatch):
 
 
 def test_the_readme_names_what_there_is():
-    """The names in its table "Beside the paper", and its links."""
-    table = README.split("## Beside the paper")[1].split("\n## ")[0]
+    """The names in its table "From the paper to the code", and its links."""
+    table = README.split("## From the paper to the code")[1].split("\n## ")[0]
     names = re.findall(r"`(\w[\w.]*)`(?=[^|\n]*\|$)", table, re.MULTILINE)
     assert len(names) > 15
     for name in names:

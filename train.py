@@ -8,8 +8,8 @@
     torchrun --nproc_per_node=N train.py ...    on N GPUs, or N processes: the same training
 
 A run is a folder: checkpoint.pt, log.jsonl (one JSON object a line) and figure.png. The flags below
-change a recipe's values. In brackets are those of --data clevr, the CLEVR6 recipe; a run begins by
-printing where its own differ.
+change a recipe's values. In brackets are those of --data clevr, the CLEVR6 recipe; RECIPES below
+has the others, and a run begins by printing where its own differ.
 """
 
 import argparse
@@ -49,6 +49,7 @@ SEED_STRIDE = 1_000_003  # more than the usual numbers of steps: no two seeds sh
 # --- The recipes --------------------------------------------------------------------------------
 
 CROPS = Literal["paper", "official", "none"]
+LAYERS = Literal["none", "encoder", "all"]
 
 
 @dataclass
@@ -56,8 +57,8 @@ class Config:
     """The paper's recipe for CLEVR6 (appendix E).
 
     Each field is a flag (--batch-size), and its comment the help text. The fields that are named
-    like arguments of the model's constructor are passed to it. If you add one: a float's default
-    is 0.0, not 0. A number must be positive, or may be 0 if its default is 0.
+    like arguments of the model's constructor are passed to it. If you add a field: a float's
+    default is 0.0, not 0. A number must be positive, or may be 0 if its default is 0.
     """
     task: Literal["object_discovery", "set_prediction"] = "object_discovery"  # what to learn
     data: str = "clevr"  # tetrominoes, multi_dsprites, clevr, clevr_like ..., or a folder
@@ -66,7 +67,7 @@ class Config:
     # The model
     resolution: int = 128  # height and width of the images
     num_slots: int = 7  # slots, K
-    num_iterations: int = 3  # iterations, T; in training only if train_iterations is 0
+    num_iterations: int = 3  # iterations, T; for training see train_iterations
     slot_dim: int = 64  # size of a slot, D
     mlp_hidden_size: int = 128  # hidden units of the MLP that updates the slots
     encoder_channels: int = 64  # channels of the encoder's 5x5 convolutions
@@ -97,12 +98,12 @@ class Config:
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
     learned_queries: bool = False  # a learned mean for each slot's initial state
-    train_iterations: int = 0  # T in training; 0: num_iterations
+    train_iterations: int = 0  # T in training, if other than num_iterations
     query_scale: float = 1.0  # factor of project_q's initial weights: try 3 if slots become stripes
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
-    pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer
+    pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer; see Decoder
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
-    muon: Literal["none", "encoder", "all"] = "none"  # for no layer, all but the decoder's, all
+    muon: LAYERS = "none"  # for hidden layers (encoder: not the decoder's); lr then falls to 0
     slot_loss: float = 0.0  # final weight of each slot's own loss; it grows from 0
 
 
@@ -228,7 +229,8 @@ def train(config, out, checkpoint=None):
                 row.update(evaluate(model, config, eval_set, device, autocast))
             saving = at_eval or stopping or time.monotonic() - saved > SAVE_EVERY
             is_first = logged == start
-            write_row(log, row, config, renew=not (saving or is_first))
+            stays = saving or is_first  # on the terminal
+            write_row(log, row, config, renew=not stays)
             if saving:
                 save(out, config, model, optimizers, step, seconds, source)
                 saved = time.monotonic()
@@ -334,7 +336,7 @@ def print_evaluation(config, checkpoint):
     """Prints the metrics after 1, 2, 3 ... iterations (generalisation, section 4.1)."""
     device, autocast = set_up(config)
     scenes = load_scenes(config, "eval")
-    # Learned queries are as many as in training, whatever --num-slots says.
+    # Whatever --num-slots says, the model has as many learned means as in training.
     trained = replace(config, num_slots=checkpoint["arguments"]["num_slots"])
     model = build_model(trained, device, checkpoint)
     if scenes.source != checkpoint.get("source", scenes.source):
@@ -379,7 +381,8 @@ def set_up(config):
     else:
         device = torch.device("cpu")
         config.threads = config.threads or idle_cores()  # saved: a resumed run takes as many
-        # Other CPUs emulate it, 50 times slower than float32; Intel's without AMX are slower, too.
+        # Other CPUs emulate it, 50 times slower than float32; Intel's with avx512_bf16, but without
+        # AMX, are slower with it, too.
         bfloat16 = "(?s)amx_bf16|AuthenticAMD.*avx512_bf16"
         cpuinfo = Path("/proc/cpuinfo")
         fast = cpuinfo.exists() and bool(re.search(bfloat16, cpuinfo.read_text()))
@@ -391,6 +394,8 @@ def set_up(config):
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"
     data.say(f"on {WORLD_SIZE} x {device}, {dtype}, threads: {torch.get_num_threads()} (--threads)")
+    if config.device != DEVICES[0]:
+        data.say("there is a GPU, too: to use it, --device cuda")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -598,7 +603,8 @@ def muon_and_adam(model, layers):
     """Returns Muon for the hidden layers' matrices, and Adam for all else.
 
     The model's first and last matrix, initial slots and positions are left to Adam, with betas 0.9
-    and 0.95. With layers="encoder" the decoder is, too: with Muon on it, slots may end as stripes.
+    and 0.95. With layers="encoder" the decoder is left to Adam, too: with Muon on it, slots may end
+    as stripes.
     """
     matrices = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
     others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
@@ -622,7 +628,8 @@ def parse(argv=None):
     mode.add_argument("--eval", metavar="RUN", help="evaluate this run, or this file of weights")
     mode.add_argument("--out", type=Path, help="the run's folder [runs/ and the recipe's name]")
     parser.add_argument("--small", action="store_true",
-                        help="a small model, trained with additions to the paper, for a CPU")
+                        help="a small model, trained with additions to the paper: for a CPU, "
+                        "and to begin with")
     comments = dict(re.findall(r"(\w+): .* = .*  # (.*)", inspect.getsource(Config)))
     for field in fields(Config):
         how = {"type": type(field.default), "choices": get_args(field.type) or None}
@@ -676,7 +683,7 @@ def find_recipe(typed, small):
     recipe = RECIPES.get(name + suffix, RECIPES.get("folder" + suffix))
     if recipe is None:
         raise data.InputError(f"there is no recipe {name}{suffix}: --task set_prediction is for "
-                              "--data clevr and clevr_like")
+                              "--data clevr and clevr_like, or needs a recipe of this name")
     run = Path(name).resolve().name + suffix if "data" in typed else "demo"
     return run, {"data": name, **recipe}
 
@@ -691,7 +698,8 @@ def check(config, parser):
                 wanted = "0 or more" if may_be_0 else "more than 0"
                 parser.error(f"--{field.name.replace('_', '-')} must be {wanted}")
     if config.device not in DEVICES:
-        parser.error(f"there is no {config.device} here: --device must be one of {DEVICES}")
+        parser.error(f"there is no {config.device} here (a CPU build of PyTorch, an old driver, a "
+                     f"container without GPUs?): --device must be one of {DEVICES}")
     if config.batch_size % (WORLD_SIZE * config.accumulate):
         parser.error(f"--batch-size must be a multiple of {WORLD_SIZE} processes x --accumulate")
     if config.task == "set_prediction" and (config.num_slots > 16 or config.crop != "none"):

@@ -6,7 +6,8 @@
     python visualize.py RUN --figure curve        the training curves, of several runs as well
     python visualize.py RUN --images a.png b.jpg  your own pictures
     python visualize.py RUN --figure clip --images 1.png 2.png ...
-                                                  a video: a frame's slots start from the last one's
+                                                  a video: each frame's slots start from
+                                                  those of the frame before
 
 RUN is a run's folder or a file of weights [assets/tetrominoes.pt]. A model for set prediction has a
 figure of its own. Figures are written into the run's folder; for weights, into the current one.
@@ -91,7 +92,8 @@ def load_batch(checkpoint, images, count):
 
 # --- Compute ------------------------------------------------------------------------------------
 # A figure has rows: a label, and a list of cells. A cell is (head, picture [H, W, 3] in [0, 1],
-# colour of its frame): those of the whole scene, in black, then one for each slot, in its colour.
+# colour of its frame). First come the cells of the whole scene, framed in black, then one for each
+# slot, framed in its colour.
 
 
 def to_rgb(picture):
@@ -102,8 +104,8 @@ def to_rgb(picture):
 def slot_cells(head, weights, pictures, background):
     """Returns a cell of all slots' colours, then each slot's cell: its picture over a background.
 
-    weights [K, h, w] sum to 1 over the slots. pictures [K, H, W, 3], or mere colours [K, 3].
-    background [H, W, 1 or 3].
+    weights [K, h, w] sum to 1 over the slots. pictures [K, H, W, 3], or the slots' plain colours
+    [K, 3]. background [H, W, 1 or 3].
     """
     K = len(weights)
     weights = F.interpolate(weights[None], background.shape[:2], mode="nearest-exact")[0]
