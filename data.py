@@ -84,8 +84,8 @@ def to_device(x, device):
 
 
 URL = "https://storage.googleapis.com/multi-object-datasets"
-# The file at URL, how many of its first scenes are used, and of these for training, and height and
-# width of the images.
+# file: its path at URL; used: how many of its first scenes; train: how many of these are for
+# training; resolution: height and width of the images.
 Dataset = namedtuple("Dataset", ["file", "used", "train", "resolution"])
 FILES = {
     "tetrominoes": Dataset("tetrominoes/tetrominoes_train.tfrecords", 65_000, 60_000, 35),
@@ -232,13 +232,13 @@ def folder_arrays(folder, root, resolution, masks=None):
     if masks:
         sources += map(mask_of, files)
     arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks(), len(files))
-    most = max(arrays["objects"])
-    if masks and most == 0:
+    if masks and not arrays["objects"].any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
                          "background, 255 is left out)")
-    if masks and most == 1:
-        say(f"the masks in {masks} have one entity each: FG-ARI is 1 if a slot has all of its "
-            "pixels, else 0")
+    few = (arrays["objects"] < 2).sum()
+    if masks and few:
+        say(f"{few:,} of {len(files):,} pictures have fewer than two entities: their FG-ARI is 0 "
+            "or 1 (--min-objects 2 leaves them out)")
     return arrays
 
 
@@ -636,9 +636,9 @@ def in_threads(function, jobs):
     At most two jobs a thread are waiting, so memory stays small.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a job has one
-    # torchrun sets threads to 1.
-    workers = min(16, os.cpu_count()) if "RANK" in os.environ else threads
+    torch.set_num_threads(1)  # in each job
+    workers = os.cpu_count() if "RANK" in os.environ else threads  # torchrun sets threads to 1
+    workers = min(workers, 16)  # of more, most would wait for Python's lock
     results = deque()
     try:
         with ThreadPoolExecutor(workers) as pool:
@@ -778,7 +778,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
                          f"file). To fetch it: curl -fL --create-dirs -C - -o {path} "
                          f"{URL}/{dataset.file}")
     elif resolution != dataset.resolution:
-        raise InputError(f"generated {name} come at --resolution {dataset.resolution} only")
+        raise InputError(f"generated {name} exist only at --resolution {dataset.resolution}")
     else:
         say(f"{count:,} generated scenes for {split} (no {Path(dataset.file).name} in {root}/)")
 
@@ -824,10 +824,9 @@ TETROMINO_COLORS = np.loadtxt("""
 def make_tetrominoes(count, seed):
     """Returns scenes by the rules of DeepMind's Tetrominoes, as a dict of arrays.
 
-    Three pieces, of 19 orientations and six colours, stand at any pixel where they lie inside
-    35 x 35 and do not overlap, on black. The same (count, seed) gives the same scenes.
-    image [n, 35, 35, 3] uint8; label [n, 35, 35] uint8, 0 = background, 1 to 3; objects [n], the
-    number of pieces.
+    Three pieces, of 19 orientations and six colours, are placed uniformly on black, inside 35 x 35
+    and without overlap. The same (count, seed) gives the same scenes. image [n, 35, 35, 3] uint8;
+    label [n, 35, 35] uint8, 0 = background, 1 to 3; objects [n], the number of pieces.
     """
     rng = np.random.default_rng(seed)
     piece = np.empty((count, 3), int)
@@ -917,7 +916,7 @@ CLEVR_COLORS = to_rgba_array(
     "#ffffff #ad2323 #29d0d0 #1d6914 #2a4bd7 #814a19 #575757 #8126c0 #ffee33".split())[:, :3]
 # A solid of size 1 is where |ball * point| <= 1 and, on each axis, |box * point| <= 1. 0: no limit.
 # A ball of radius 1.61 cuts off the cube's corners. reach is the square of the solid's radius, and
-# 1 % more; 0 for the ground: intersect leaves it to shade.
+# 1 % more; 0 for the ground, which shade intersects by itself.
 CLEVR_SOLIDS = np.loadtxt("""
 #   ground  sphere  cylinder  cube
     0       1       1         0.62   # ball, x
@@ -1083,7 +1082,7 @@ class ClevrScene:
         return self.camera.expand_as(direction), direction
 
     def intersect(self, origin, direction):
-        """Returns the distance along rays to each solid, and the length inside it divided by that.
+        """Returns the distance along rays to each solid, and its thickness there divided by that.
 
         [R, E] each; inf and 0 for rays that miss it.
         """

@@ -1,7 +1,7 @@
 """Slot Attention in PyTorch: "Object-Centric Learning with Slot Attention", Locatello et al., 2020.
 
-In float32 and with the default arguments, outputs (to 1e-4), losses (to 1e-6 of their value) and
-norms of gradients (to 3e-4) equal those of the official TensorFlow code.
+In float32, masks and predicted sets (to 1e-5), other outputs (to 1e-4), losses (to 1e-6 of their
+value) and norms of gradients (to 3e-4) equal those of the official TensorFlow code.
 Section and equation numbers are the paper's (https://arxiv.org/abs/2006.15055). Of its symbols, D
 and D_slots are both D here, and D_inputs is D_in:
 
@@ -32,10 +32,10 @@ class SlotAttention(nn.Module):
     inputs_dim: D_in, D if not given. eps: added to the attention before the weighted mean.
     implicit: the slots' gradient goes through the last iteration only (Chang et al., arXiv
         2207.00787), and from there straight to the initial slots (Jia et al., arXiv 2210.08990).
-        That of attn goes through each iteration.
+        A loss on attn[:, t] reaches q and k of iteration t, and the initial slots, only.
     learned_queries: each slot has a learned mean of its own (Jia et al.); the noise is still added.
-    Under autocast, call it within torch.autocast(device_type, enabled=False), as the models below
-    do: softmax and mean need float32's precision.
+    If your code uses autocast, switch it off around this module, as the models below do, with
+    torch.autocast(device_type, enabled=False): softmax and mean need float32's precision.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class SlotAttention(nn.Module):
             elif "bias" in name:
                 nn.init.zeros_(parameter)
         for parameter in (self.slots_log_sigma, self.slots_mu):
-            nn.init.xavier_uniform_(parameter[0])  # to Keras, [1, 1, D] is 1 input and D outputs
+            nn.init.xavier_uniform_(parameter[0])  # Keras counts 1 input, D outputs in [1, 1, D]
         if learned_queries:  # means ~ N(0, 1), noise times 1/e: the slots start apart
             nn.init.normal_(self.slots_mu)
             nn.init.constant_(self.slots_log_sigma, -1)
@@ -96,7 +96,7 @@ class SlotAttention(nn.Module):
         """Returns slots [B, K, D] and attn [B, T, K, N], the attention of each iteration.
 
         inputs [B, N, D_in]; slots [B, K, D]: the initial slots. If they are not given, num_slots
-        are sampled. num_slots and num_iterations: K and T, if other than in the constructor. attn
+        are sampled. num_slots and num_iterations: K and T; None or 0: as in the constructor. attn
         sums to 1 over the slots: it is the softmax, before it is normalised over the inputs.
         """
         dtype = self.slots_mu.dtype  # inputs and slots may come in bfloat16
@@ -319,10 +319,10 @@ class Decoder(nn.Module):
     def convolve_broadcast(self, conv, slots):
         """Returns conv(pos(slots)) [M, C, h, w] in a third of the time.
 
-        A slot is the same in every cell of the grid. So each of the kernel's k * k taps adds the
-        same to every cell, except to those near a border whose tap is outside the grid. This
-        holds because pos adds the same map to every slot: if you change pos, delete this method,
-        and its branch in forward.
+        A slot is the same in every cell of the grid. So away from the border, every cell gets the
+        same sum over the kernel's k * k taps; near it, the taps outside the grid are missing. pos
+        adds the same map to every slot. If you change pos, delete this method, and in forward take
+        the branch that calls conv.
         """
         k = conv.kernel_size[0]
         taps = torch.einsum("md,cdt->mct", slots, conv.weight.flatten(2))   # [M, C, k * k]
@@ -360,7 +360,7 @@ class Conv2dSame(nn.Conv2d):
 class ConvTranspose2dSame(nn.ConvTranspose2d):
     """ConvTranspose2d aligned as TensorFlow's "SAME", with the same four arguments.
 
-    Its kernel is at least as large as its stride.
+    The kernel must be at least as large as the stride.
     [B, C_in, H, W] -> [B, C_out, stride * H, stride * W]. (PyTorch's usual `padding=2,
     output_padding=1` for 5x5 and stride 2 gives the same map shifted by one pixel.)
     """
@@ -474,8 +474,8 @@ def hungarian_huber_loss(pred, target):
     cheapest matching assigns to it, summed over the set, averaged over the batch. Padding (rows of
     zeros) is a target too; predictions left over cost nothing.
     """
-    pred, target = torch.broadcast_tensors(pred[:, None], target[:, :, None])   # [B, M, K, C]
-    cost = F.huber_loss(pred, target, reduction="none").mean(dim=3)     # [B, M, K]
+    pairs = torch.broadcast_tensors(pred[:, None], target[:, :, None])  # [B, M, K, C] each
+    cost = F.huber_loss(*pairs, reduction="none").mean(dim=3)           # [B, M, K]
     rows, cols = minimum_cost_matching(cost)                            # [B, min(M, K)]
     image = torch.arange(len(cost), device=cost.device)[:, None]
     return cost[image, rows, cols].sum(dim=1).mean()

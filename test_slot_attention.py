@@ -615,7 +615,7 @@ def test_masks_of_one_bit_and_of_one_entity(capsys):
             Image.fromarray(label).save(f"{folder}/{name}.png")
     arrays = arrays_of(data.load("own", "train", resolution=4, masks="masks"))
     assert_array_equal(arrays["label"], [label])
-    assert "one entity each" in capsys.readouterr().err
+    assert "2 of 2 pictures" in capsys.readouterr().err
 
 
 def test_fg_ari_of_many_entities_and_of_pixels_left_out():
@@ -917,6 +917,18 @@ def test_two_processes_train_as_one_and_resume_as_one():
         assert a["step"] == b["step"]
         rtol = 1e-5 if a["step"] <= 20 else 1e-3  # rounding errors grow with the steps
         assert_allclose(b["loss"], a["loss"], rtol=rtol)
+
+
+def test_processes_on_gpus_can_sum_on_the_cpu_as_well(monkeypatch):
+    """Signals are counted there; without a name, PyTorch takes the GPU's backend alone."""
+    started = []
+    monkeypatch.setattr(train, "WORLD_SIZE", 2)
+    monkeypatch.setattr(train.dist, "init_process_group", started.append)
+    monkeypatch.setattr(torch.cuda, "set_device", started.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    train.set_up(train.Config(device="cuda", dtype="float32"))
+    backends = train.dist.distributed_c10d.BackendConfig(started[-1]).get_device_backend_map()
+    assert backends == {"cpu": "gloo", "cuda": "nccl"}
 
 
 def test_muon_makes_every_direction_equally_fast():

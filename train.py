@@ -1,7 +1,7 @@
 """Trains and evaluates Slot Attention.
 
     python train.py                             the demo: 2 to 13 minutes on two CPU cores
-    python train.py --data clevr                the paper's recipe for CLEVR6, for a GPU
+    python train.py --data clevr --device cuda  the paper's recipe for CLEVR6, on a GPU
     python train.py --data clevr_like --small   a small model and a short schedule, for a CPU
     python train.py --data FOLDER --small       your own pictures
     python train.py --resume RUN                continue a run; --eval RUN: evaluate it
@@ -93,7 +93,7 @@ class Config:
     accumulate: int = 1  # micro-batches a step: less memory, the same gradient
     compile: bool = False  # torch.compile; not yet measured on a GPU
     device: str = DEVICES[0]  # cuda or cpu
-    threads: int = 0  # CPU threads; 0: one for each core that is idle when the run begins
+    threads: int = 0  # CPU threads; 0: one for each idle core. To repeat a run to the bit, set it
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if it is fast here
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
@@ -103,7 +103,7 @@ class Config:
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer; see Decoder
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
-    muon: LAYERS = "none"  # for hidden layers (encoder: not the decoder's); lr then falls to 0
+    muon: LAYERS = "none"  # hidden layers it trains (encoder: not the decoder's); lr falls to 0
     slot_loss: float = 0.0  # final weight of each slot's own loss; it grows from 0
 
 
@@ -163,7 +163,8 @@ def train(config, out, checkpoint=None):
     optimizers = build_optimizers(config, model, checkpoint)
     train_set = load_scenes(config, "train")
     eval_set = load_scenes(config, "eval")
-    keep_freed_memory()
+    if config.device == "cpu":
+        keep_freed_memory()
     start = checkpoint["step"] if checkpoint else 0
     seconds = checkpoint["seconds"] if checkpoint else 0.0
     source = train_set.source
@@ -229,8 +230,7 @@ def train(config, out, checkpoint=None):
                 row.update(evaluate(model, config, eval_set, device, autocast))
             saving = at_eval or stopping or time.monotonic() - saved > SAVE_EVERY
             is_first = logged == start
-            stays = saving or is_first  # on the terminal
-            write_row(log, row, config, renew=not stays)
+            write_row(log, row, config, renew=not (saving or is_first))
             if saving:
                 save(out, config, model, optimizers, step, seconds, source)
                 saved = time.monotonic()
@@ -381,15 +381,16 @@ def set_up(config):
     else:
         device = torch.device("cpu")
         config.threads = config.threads or idle_cores()  # saved: a resumed run takes as many
-        # Other CPUs emulate it, 50 times slower than float32; Intel's with avx512_bf16, but without
-        # AMX, are slower with it, too.
+        # Other CPUs emulate bfloat16, 50 times slower than float32. On Intel's that have
+        # avx512_bf16, but no AMX, it is slower than float32, too.
         bfloat16 = "(?s)amx_bf16|AuthenticAMD.*avx512_bf16"
         cpuinfo = Path("/proc/cpuinfo")
         fast = cpuinfo.exists() and bool(re.search(bfloat16, cpuinfo.read_text()))
     if config.threads:
         torch.set_num_threads(min(config.threads, os.cpu_count()))
     if WORLD_SIZE > 1:
-        dist.init_process_group()
+        # Gradients may be on a GPU, signals are counted on the CPU: a backend for each.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"

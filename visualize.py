@@ -102,7 +102,7 @@ def to_rgb(picture):
 
 
 def slot_cells(head, weights, pictures, background):
-    """Returns a cell of all slots' colours, then each slot's cell: its picture over a background.
+    """Returns the cells of a background, in all slots' colours, and under each slot's picture.
 
     weights [K, h, w] sum to 1 over the slots. pictures [K, H, W, 3], or the slots' plain colours
     [K, 3]. background [H, W, 1 or 3].
