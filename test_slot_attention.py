@@ -919,6 +919,16 @@ def test_two_processes_train_as_one_and_resume_as_one():
         assert_allclose(b["loss"], a["loss"], rtol=rtol)
 
 
+@parametrize("cpuinfo, fast", [
+    ("GenuineIntel avx512_bf16", False), ("GenuineIntel avx512_bf16 amx_bf16", True),
+    ("AuthenticAMD avx2", False), ("AuthenticAMD\navx512_bf16", True)])
+def test_bfloat16_is_used_where_it_is_fast(monkeypatch, cpuinfo, fast):
+    monkeypatch.setattr(Path, "read_text", lambda path: cpuinfo)
+    _, autocast = train.set_up(train.Config(device="cpu", threads=1))
+    with autocast:
+        assert torch.is_autocast_enabled("cpu") == fast
+
+
 def test_processes_on_gpus_can_sum_on_the_cpu_as_well(monkeypatch):
     """Signals are counted there; without a name, PyTorch takes the GPU's backend alone."""
     started = []
