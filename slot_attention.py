@@ -368,8 +368,9 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
     def forward(self, x):
         k = self.kernel_size[0]
         stride = self.stride[0]
-        y = F.conv_transpose2d(x, self.weight, None, stride, padding=(k - stride) // 2)
-        y = y[:, :, :stride * x.shape[2], :stride * x.shape[3]]
+        padding, extra = divmod(k - stride, 2)
+        y = F.conv_transpose2d(x, self.weight, None, stride, padding)
+        y = F.pad(y, (0, -extra, 0, -extra))  # not by slices: their gradient loses channels_last
         return y + self.bias.to(y.dtype).view(-1, 1, 1)  # added separately: faster on CPUs
 
 
