@@ -225,12 +225,15 @@ def folder_arrays(folder, root, resolution, masks=None):
 
     def blocks():
         yield from filter(None, in_threads(read, files))
-        if unusable:  # say so once for all
+        if unusable:  # all at once, so that nobody has to start again for each
             raise InputError(f"{len(unusable)} unusable: {'; '.join(unusable[:20])}")
 
     sources = [*files]
     if masks:
         sources += map(mask_of, files)
+    missing = [str(path) for path in sources if not path.exists()]
+    if missing:
+        raise InputError(f"{len(missing)} masks are missing: {'; '.join(missing[:20])}")
     arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks(), len(files))
     if masks and not arrays["objects"].any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "

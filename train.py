@@ -226,7 +226,7 @@ def train(config, out, checkpoint=None):
                    "images_per_s": round(rate, 1)}
             if config.device == "cuda":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 1)
-                torch.cuda.reset_peak_memory_stats()  # the first steps try algorithms
+                torch.cuda.reset_peak_memory_stats()  # else cuDNN's first trials would stay in it
             if at_eval and RANK == 0:
                 row.update(evaluate(model, config, eval_set, device, autocast))
             saving = at_eval or stopping or time.monotonic() - saved > SAVE_EVERY

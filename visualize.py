@@ -102,7 +102,7 @@ def to_rgb(picture):
 
 
 def slot_cells(head, weights, pictures, background):
-    """Returns the cells of a background, in all slots' colours, and under each slot's picture.
+    """Returns a cell of a background in all slots' colours, then one of each slot's picture on it.
 
     weights [K, h, w] sum to 1 over the slots. pictures [K, H, W, 3], or the slots' plain colours
     [K, 3]. background [H, W, 1 or 3].
