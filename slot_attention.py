@@ -314,7 +314,7 @@ class Decoder(nn.Module):
             x = conv(self.pos(slots[:, :, None, None]))                 # [M, C, h, w]
         x = self.cnn[1:](x)
         H, W = self.resolution
-        return x[:, :, :H, :W]              # [M, 4, H, W]; the grid's size was rounded up
+        return x[..., :H, :W]               # [M, 4, H, W]; the grid's size was rounded up
 
     def convolve_broadcast(self, conv, slots):
         """Returns conv(pos(slots)) [M, C, h, w] in a third of the time.

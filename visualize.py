@@ -74,8 +74,7 @@ def load_batch(checkpoint, images, count):
             picture = data.read_picture(path)
             array = np.array(picture)
             if config["data"] in ("clevr", "clevr_like") and array.shape[:2] in data.CLEVR_CROP:
-                array = data.cropped(array, config["crop"])
-                array = data.resize(array, resolution)
+                array = data.resize(data.cropped(array, config["crop"]), resolution)
             else:
                 array = data.square(picture, resolution)
             pictures.append(array)
@@ -120,10 +119,13 @@ def slot_cells(head, weights, pictures, background):
 def mask_cells(image, output, i=0):
     """Returns the cells of scene i: image [3, H, W], reconstruction, all masks, slots on white."""
     image = to_rgb(image)
-    recon = to_rgb(output.recon_combined[i])
     slots = slot_cells("all masks", output.masks[i, :, 0], to_rgb(output.recons[i]),
                        np.ones_like(image))
-    return [("image", image, "black"), ("reconstruction", recon, "black"), *slots]
+    return [
+        ("image", image, "black"),
+        ("reconstruction", to_rgb(output.recon_combined[i]), "black"),
+        *slots,
+    ]
 
 
 def attention_cells(image, attn, head="attention"):
@@ -220,16 +222,11 @@ def draw_runs(runs, args):
         is_set = checkpoint["task"] == "set_prediction"
         if is_set and (len(runs) > 1 or args.figure):
             raise InputError("runs of set prediction are drawn one at a time, without --figure")
-        module = model.slot_attention
-        K = args.num_slots or module.num_slots
-        T = args.num_iterations or module.num_iterations
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(len(images), K, module.dim, generator=generator)
-        slots = module.init_slots(noise)                                # [B, K, D]
+        torch.manual_seed(0)
         if args.figure == "clip":
-            rows += clip_rows(model, images, slots[:1], T)
+            rows += clip_rows(model, images, args.num_slots, args.num_iterations)
             continue
-        output = model(images, slots, num_iterations=T)
+        output = model(images, num_slots=args.num_slots, num_iterations=args.num_iterations)
         if is_set:
             return draw_objects(batch, output)
         if args.figure == "row":
@@ -238,7 +235,7 @@ def draw_runs(runs, args):
             rows += scene_rows(Path(run).name.removesuffix(".pt"), images, output)
         else:
             rows += scene_rows("(a) scene", images, output)
-            rows += iteration_rows(model, images[:1], slots[:1], T)
+            rows += iteration_rows(model, images, args.num_slots, output.attn.shape[1])
     return draw(rows)
 
 
@@ -247,16 +244,18 @@ def scene_rows(label, images, output):
     return [(f"{label} {i + 1}", mask_cells(image, output, i)) for i, image in enumerate(images)]
 
 
-def iteration_rows(model, image, slots, T):
-    """Returns parts (b) and (c) of Figure 3: attention and masks after 1 to T iterations."""
+def iteration_rows(model, images, K, T):
+    """Returns parts (b) and (c) of Figure 3: scene 1's attention and masks after 1 to T iterations.
+    """
     attention = []
     masks = []
     steps = [t for t in (1, 2, 3, 5) if t < T]
     for t in [*steps, T]:
-        output = model(image, slots, num_iterations=t)
-        cells = mask_cells(image[0], output)
+        torch.manual_seed(0)  # the same initial slots
+        output = model(images, num_slots=K, num_iterations=t)
+        cells = mask_cells(images[0], output)
         masks.append((f"(c) iteration {t}", cells))
-        cells = cells[:2] + attention_cells(image[0], output.attn[0, -1])
+        cells = cells[:2] + attention_cells(images[0], output.attn[0, -1])
         attention.append((f"(b) iteration {t}", cells))
     return attention + masks
 
@@ -269,15 +268,16 @@ def wide_cells(image, output, i):
         if t <= len(attn):
             head = f"attention,\niteration {t}"
             attention.append(attention_cells(image, attn[t - 1], head)[0])
-    picture, recon, masks, *slots = mask_cells(image, output, i)
-    return [picture, *attention, masks, recon, *slots]
+    cells = mask_cells(image, output, i)
+    return cells[:2] + attention + cells[2:]
 
 
-def clip_rows(model, frames, slots, T):
+def clip_rows(model, frames, K, T):
     """Returns a row a frame. The slots of a frame are the initial slots of the next."""
     rows = []
+    slots = None
     for i, frame in enumerate(frames):
-        output = model(frame[None], slots, num_iterations=T)
+        output = model(frame[None], slots, K, T)
         slots = output.slots
         rows.append((f"frame {i + 1}", mask_cells(frame, output)))
     return rows
