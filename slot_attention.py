@@ -87,7 +87,10 @@ class SlotAttention(nn.Module):
             nn.init.constant_(self.slots_log_sigma, -1)
 
     def init_slots(self, noise):
-        """Returns initial slots [B, K, D] ~ N(mu, sigma) from standard normal noise [B, K, D]."""
+        """Returns initial slots [B, K, D] ~ N(mu, sigma) from standard normal noise [B, K, D].
+
+        sigma holds a standard deviation for each of the D features.
+        """
         K = noise.shape[1]
         mu = self.slots_mu.repeat(1, K, 1)[:, :K]  # one mean for all, or learned ones in turn
         return mu + self.slots_log_sigma.exp() * noise
@@ -111,8 +114,8 @@ class SlotAttention(nn.Module):
         attns = []
         for _ in range(num_iterations or self.num_iterations):
             if self.implicit:
-                # Straight-through: the same value, but its gradient skips the iterations before
-                # and goes to init.
+                # Not in the paper. Straight-through: the same value, but its gradient skips the
+                # iterations before and goes to init.
                 slots = slots.detach() + (init - init.detach())
             slots_prev = slots
             q = self.project_q(self.norm_slots(slots)) * self.dim ** -0.5   # [B, K, D]
@@ -282,9 +285,9 @@ class Decoder(nn.Module):
 
     slots [M, D] -> a picture and a mask's logit [M, 4, H, W], M = B * K. A slot is copied to every
     cell of a grid and gets a position embedding. Then come one transposed convolution per stride
-    (at stride 1 that is a convolution with the kernel flipped) and a 3x3 one. pixel_shuffle r: all
-    maps are smaller by r, and each cell of the last one becomes r x r pixels (not in the paper;
-    fast on CPUs).
+    (at stride 1 a plain one, which is the same with its kernel stored flipped) and a 3x3 one.
+    pixel_shuffle r: all maps are smaller by r, and each cell of the last one becomes r x r pixels
+    (not in the paper; fast on CPUs).
     """
 
     def __init__(self, resolution, dim, channels, strides, kernel_size=5, pixel_shuffle=1):
@@ -426,8 +429,8 @@ def adjusted_rand_index(true_mask, pred_mask):
     all_pairs = pairs(n_ij.sum(dim=(1, 2), keepdim=True))
     expected = true_pairs * (pred_pairs / all_pairs.clamp(min=1))
     maximum = (true_pairs + pred_pairs) / 2
-    index = (pairs(n_ij) - expected) / (maximum - expected)
-    return torch.where(maximum == expected, 1.0, index)
+    ari = (pairs(n_ij) - expected) / (maximum - expected)
+    return torch.where(maximum == expected, 1.0, ari)
 
 
 def minimum_cost_matching(cost):
@@ -435,8 +438,9 @@ def minimum_cost_matching(cost):
 
     cost [B, n, m], n and m at most 16 (else ValueError). SciPy's linear_sum_assignment takes one
     matrix at a time, on the CPU, so that a GPU would wait for it at each step. By dynamic
-    programming: best[S] is the least cost of matching the first |S| rows to the set S of columns; a
-    set is a number with a bit for each member.
+    programming: best[S] is the least cost of matching the first |S| rows to the set S of columns,
+    the minimum over c in S of best[S without c] + cost[|S| - 1, c]. The choices are then followed
+    back from the best set. A set is a number with a bit for each member.
     """
     n, m = cost.shape[1:]
     if n > m:

@@ -5,7 +5,8 @@
     python train.py --data clevr_like --small   a small model and a short schedule, for a CPU
     python train.py --data FOLDER --small       your own pictures
     python train.py --resume RUN                continue a run; --eval RUN: evaluate it
-    torchrun --nproc_per_node=N train.py ...    on N GPUs, or N processes: the same training
+    torchrun --standalone --nproc_per_node=N train.py ...
+                                                the same training on N GPUs, or in N processes
 
 A run is a folder: checkpoint.pt, log.jsonl (one JSON object a line) and figure.png. The flags below
 change a recipe's values. In brackets are those of --data clevr, the CLEVR6 recipe; RECIPES below
@@ -230,8 +231,7 @@ def train(config, out, checkpoint=None):
             if at_eval and RANK == 0:
                 row.update(evaluate(model, config, eval_set, device, autocast))
             saving = at_eval or stopping or time.monotonic() - saved > SAVE_EVERY
-            is_first = logged == start
-            write_row(log, row, config, renew=not (saving or is_first))
+            write_row(log, row, config, renew=not saving and logged > start)
             if saving:
                 save(out, config, model, optimizers, step, seconds, source)
                 saved = time.monotonic()
@@ -255,9 +255,9 @@ def micro_batches(step, config, scenes, device):
     generator = torch.Generator().manual_seed(SEED_STRIDE * config.seed + step)
     shape = config.batch_size, config.num_slots, config.slot_dim
     noises = torch.randn(shape, generator=generator)
-    size = config.batch_size // (WORLD_SIZE * config.accumulate)
-    mine = slice(RANK * config.accumulate, (RANK + 1) * config.accumulate)
-    for index, noise in zip(indices.split(size)[mine], noises.split(size)[mine]):
+    my_indices = indices.chunk(WORLD_SIZE)[RANK].chunk(config.accumulate)
+    my_noises = noises.chunk(WORLD_SIZE)[RANK].chunk(config.accumulate)
+    for index, noise in zip(my_indices, my_noises):
         batch = scenes.batch(index, device, ("image", "target"))
         batch["noise"] = data.to_device(noise, device)
         yield batch
@@ -278,8 +278,9 @@ def sum_over_processes(tensor):
 
 def learning_rate(step, config):
     """Returns the official schedule: linear warm-up times exponential decay, both from step 0."""
-    decay = 0.5 ** (step / config.decay_steps)
-    if config.muon != "none":  # not in the paper: linearly to 0
+    if config.muon == "none":
+        decay = 0.5 ** (step / config.decay_steps)
+    else:  # not in the paper: linearly to 0
         decay = 1 - step / config.steps
     return config.lr * min(1, step / config.warmup) * decay
 
@@ -386,7 +387,7 @@ def set_up(config):
         # avx512_bf16, but no AMX, it is slower than float32, too.
         bfloat16 = "(?s)amx_bf16|AuthenticAMD.*avx512_bf16"
         cpuinfo = Path("/proc/cpuinfo")
-        fast = cpuinfo.exists() and bool(re.search(bfloat16, cpuinfo.read_text()))
+        fast = cpuinfo.exists() and re.search(bfloat16, cpuinfo.read_text())
     if config.threads:
         torch.set_num_threads(min(config.threads, os.cpu_count()))
     if WORLD_SIZE > 1:
@@ -519,7 +520,7 @@ def in_any_process(stop):
     """Returns whether a signal has come to any process."""
     count = torch.tensor(len(stop))
     sum_over_processes(count)
-    return count.item() > 0
+    return bool(count)
 
 
 def catch_signals():
@@ -532,6 +533,8 @@ def catch_signals():
         if WORLD_SIZE == 1:  # torchrun sends each signal again, and kills by itself
             for other in caught:
                 signal.signal(other, signal.SIG_DFL)
+            with contextlib.suppress(OSError):  # a closed terminal; print may be busy just now
+                os.write(2, b"\nsaving after this step or evaluation (again: stop unsaved)\n")
 
     for number in caught:
         signal.signal(number, handle)
@@ -658,10 +661,10 @@ def parse(argv=None):
         if unknown:
             parser.error(f"{run} is of another version of this code: it has {unknown}")
         is_run = "steps" in values  # not a mere file of weights
-        if not is_run and "data" not in typed and values["data"] not in data.FILES:
-            parser.error(f"{run} comes without its dataset: give one with --data")
         if "resume" in args and not is_run:
             parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
+        if not is_run and "data" not in typed and values["data"] not in data.FILES:
+            parser.error(f"{run} comes without its dataset: give one with --data")
         if "resume" in args and "muon" in typed:
             parser.error("--resume continues a run with its optimizer, so without --muon")
     else:

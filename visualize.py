@@ -10,7 +10,8 @@
                                                   those of the frame before
 
 RUN is a run's folder or a file of weights [assets/tetrominoes.pt]. A model for set prediction has a
-figure of its own. Figures are written into the run's folder; for weights, into the current one.
+figure of its own. Figures are written into the run's folder; for weights, or several runs, into
+the current one.
 """
 
 import argparse
