@@ -5,17 +5,17 @@ CLEVR_v1.0, anybody's folder of pictures. Generated, with masks: Tetrominoes, Mu
 synthetic CLEVR, which need no download.
 """
 
-import contextlib
-import functools
 import gzip
 import hashlib
 import json
 import os
 import sys
-import zipfile
-from collections import deque, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
+from zipfile import ZipFile
 
 # Before torch is imported: OpenMP's threads busy-wait after each loop, which stalls training when
 # other processes are busy.
@@ -26,9 +26,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgba_array
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import center_crop
-from torchvision.transforms.functional import resize as resize_antialiased
+from torchvision.transforms import functional as TF
 
 try:
     import fcntl
@@ -72,7 +70,7 @@ class Scenes:
         index = self.index[np.asarray(index)]
         batch = {key: to_device(torch.as_tensor(array[index]), device)
                  for key, array in self.arrays.items() if key in keys}
-        batch["image"] = batch["image"].permute(0, 3, 1, 2).float().mul_(2 / 255).sub_(1)
+        batch["image"] = batch["image"].movedim(3, 1).float().mul_(2 / 255).sub_(1)
         return batch
 
 
@@ -86,7 +84,7 @@ def to_device(x, device):
 URL = "https://storage.googleapis.com/multi-object-datasets"
 # file: its path at URL; used: how many of its first scenes; train: how many of these are for
 # training; resolution: height and width of the images.
-Dataset = namedtuple("Dataset", ["file", "used", "train", "resolution"])
+Dataset = namedtuple("Dataset", "file used train resolution")
 FILES = {
     "tetrominoes": Dataset("tetrominoes/tetrominoes_train.tfrecords", 65_000, 60_000, 35),
     "multi_dsprites": Dataset(
@@ -124,8 +122,16 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if name not in FILES:
         path = Path(name).resolve()
         arrays = folder_arrays(path, root, resolution, masks and Path(masks).resolve())
-    elif path := find(name, root):
-        arrays = official_arrays(path, name, root, resolution, crop)
+    elif path := dataset.file and find(dataset.file, root):
+        if path.is_dir():
+            sources = path.glob("scenes/*.json")
+            scenes = clevr_v1_scenes(path, resolution, crop)
+            total = 85_000
+        else:
+            sources = [path]
+            scenes = tfrecord_scenes(path, dataset, resolution, crop)
+            total = dataset.used
+        arrays = cached(f"{path.name}-{resolution}-{crop}", root, sources, scenes, total)
     else:
         count = count or (dataset.train if split == "train" else 320)
         arrays = generate(name, split, root, count, resolution, crop, min_objects, max_objects)
@@ -142,32 +148,18 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     return Scenes(arrays["image"], arrays.get("label"), arrays.get("target"), index, source)
 
 
-def find(name, root):
-    """Returns the path of a dataset's official file in root, or of CLEVR_v1.0's folder; or None.
+def find(file, root):
+    """Returns the path of an official file in root, or of CLEVR_v1.0's folder instead; or None.
 
     A browser saves FOLDER/name as FOLDER_name; other programs keep the folder.
     """
-    file = FILES[name].file
-    names = [Path(file).name] if file else []
-    if name == "clevr":
+    names = [Path(file).name]
+    if "clevr" in file:
         names.append("CLEVR_v1.0")
     for name in names:
         for pattern in (name, f"*_{name}", f"*/{name}"):
             for path in root.glob(pattern):
                 return path
-
-
-def official_arrays(path, name, root, resolution, crop):
-    """Returns the arrays of an official file, or of CLEVR_v1.0's folder, through the cache."""
-    if path.is_dir():
-        sources = path.glob("scenes/*.json")
-        scenes = clevr_v1_scenes(path, resolution, crop)
-        total = 85_000
-    else:
-        sources = [path]
-        scenes = tfrecord_scenes(path, name, resolution, crop)
-        total = FILES[name].used
-    return cached(f"{path.name}-{resolution}-{crop}", root, sources, scenes, total)
 
 
 def split_index(n, split, train_count):
@@ -184,14 +176,14 @@ def split_index(n, split, train_count):
 
 # --- A folder of pictures -----------------------------------------------------------------------
 
-PICTURES = (*IMG_EXTENSIONS, ".gif")
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")  # not EPS: that runs a program
+PICTURES = ".jpg .jpeg .png .ppm .bmp .pgm .tif .tiff .webp .gif".split()
+FORMATS = "PNG JPEG GIF BMP TIFF WEBP PPM".split()  # not EPS: that runs a program
 
 
-@functools.lru_cache  # once in a run
-def folder_arrays(folder, root, resolution, masks=None):
+@lru_cache  # once in a run
+def folder_arrays(folder, root, resolution, masks):
     """Returns the arrays of all pictures under a folder, sorted by name, through the cache."""
-    if masks and masks in (folder, *folder.parents):
+    if masks in (folder, *folder.parents):
         raise InputError(f"--masks {masks} must be another folder than that of the pictures")
     files = []
     others = []
@@ -231,9 +223,10 @@ def folder_arrays(folder, root, resolution, masks=None):
     sources = [*files]
     if masks:
         sources += map(mask_of, files)
-    missing = [str(path) for path in sources if not path.exists()]
+    missing = [path for path in sources if not path.exists()]
     if missing:
-        raise InputError(f"{len(missing)} masks are missing: {'; '.join(missing[:20])}")
+        names = "; ".join(map(str, missing[:20]))
+        raise InputError(f"{len(missing)} masks are missing: {names}")
     arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks(), len(files))
     if masks and not arrays["objects"].any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
@@ -259,8 +252,8 @@ def read_picture(path):
 
 def square(picture, resolution):
     """Returns the central square of a PIL image, antialiased: [resolution, resolution, 3] uint8."""
-    picture = center_crop(picture, min(picture.size))
-    return np.array(resize_antialiased(picture, resolution))
+    picture = TF.center_crop(picture, min(picture.size))
+    return np.array(TF.resize(picture, resolution))
 
 
 def read_mask(path, size):
@@ -271,16 +264,16 @@ def read_mask(path, size):
                              f"mode {mask.mode}")
         if mask.size != size:
             raise InputError(f"{path}: the mask has {mask.size} pixels, its picture {size}")
-        return np.array(center_crop(mask, min(size)), np.uint8)
+        return np.array(TF.center_crop(mask, min(size)), np.uint8)
 
 
 # --- CLEVR --------------------------------------------------------------------------------------
 
-CLEVR_CODES = {  # of clevr_with_masks, from 1; 0 is the background, or padding
-    "size": "large small".split(),
-    "material": "rubber metal".split(),
-    "shape": "sphere cylinder cube".split(),
-    "color": "red cyan green blue brown gray purple yellow".split(),
+CLEVR_CODES = {  # by their numbers in clevr_with_masks; 0 (-) is the background, or padding
+    "size": "- large small".split(),
+    "material": "- rubber metal".split(),
+    "shape": "- sphere cylinder cube".split(),
+    "color": "- red cyan green blue brown gray purple yellow".split(),
 }
 CLEVR_TARGETS = {  # the order in the targets of set prediction, from TensorFlow Datasets
     "size": "small large".split(),
@@ -303,13 +296,14 @@ def clevr_target(scene):
     entities = np.flatnonzero(scene["size"])  # neither background nor padding
     columns = [(scene[axis][entities] + 3) / 6 for axis in "xyz"]
     for key, names in CLEVR_TARGETS.items():
-        words = np.array(["", *CLEVR_CODES[key]])[scene[key][entities]]
+        words = np.array(CLEVR_CODES[key])[scene[key][entities]]
         columns += [words == name for name in names]
     columns.append(np.ones(len(entities)))
-    target = np.stack(columns, axis=1).astype(np.float32)
-    if not (np.abs(target[:, :3]) < 10).all():  # also for NaN
+    target = np.zeros((10, 19), np.float32)
+    target[:len(entities)] = np.transpose(columns)  # ValueError for more than 10
+    if not (abs(target[:, :3]) < 10).all():  # also for NaN
         raise ValueError("its coordinates are not CLEVR's")
-    return np.pad(target, ((0, 10 - len(entities)), (0, 0)))  # ValueError for more than 10
+    return target
 
 
 def clevr_v1_scenes(folder, resolution, crop):
@@ -321,9 +315,9 @@ def clevr_v1_scenes(folder, resolution, crop):
             continue
         with reading(file):
             for scene in json.loads(file.read_bytes())["scenes"]:
-                path = folder / "images" / part / Path(scene["image_filename"]).name
+                path = folder / f"images/{part}" / Path(scene["image_filename"]).name
                 objects = scene["objects"]
-                factors = {key: np.array([names.index(o[key]) + 1 for o in objects], int)
+                factors = {key: np.array([names.index(o[key]) for o in objects])
                            for key, names in CLEVR_CODES.items()}
                 coords = np.transpose([o["3d_coords"] for o in objects])
                 factors["x"], factors["y"], factors["z"] = coords
@@ -331,11 +325,10 @@ def clevr_v1_scenes(folder, resolution, crop):
 
     def read(job):
         path, target = job
-        picture = np.array(read_picture(path))
         with reading(path):
-            picture = cropped(picture, crop)
+            picture = cropped(np.array(read_picture(path)), crop)
         image = resize(picture, resolution)
-        return {"image": image[None], "target": target[None], "objects": [int(target[:, 18].sum())]}
+        return {"image": image[None], "target": target[None], "objects": [target[:, 18].sum()]}
 
     yield from in_threads(read, jobs)  # lazily: with a cache, not even the JSON is read
 
@@ -353,9 +346,9 @@ def cropped(picture, crop):
 
 def resize(picture, resolution):
     """Resizes [H, W, 3] uint8 as the official code does, bilinear, not antialiased; to uint8."""
-    x = torch.tensor(picture).permute(2, 0, 1)[None].float()
-    x = F.interpolate(x, resolution, mode="bilinear")[0]
-    return x.permute(1, 2, 0).round().byte().numpy()
+    x = torch.tensor(picture).movedim(2, 0)
+    x = TF.resize(x, [resolution, resolution], antialias=False)
+    return x.movedim(0, 2).numpy()
 
 
 def resize_nearest(labels, resolution):
@@ -367,33 +360,33 @@ def resize_nearest(labels, resolution):
 
 # --- TensorFlow's file formats, without TensorFlow ----------------------------------------------
 
-TFRECORDS = {  # name: shape of the mask as stored; the axis of the entities in it
-    "tetrominoes": ((4, 35, 35), 0),
-    "multi_dsprites_colored_on_grayscale": ((64, 64, 6), 2),
-    "multi_dsprites_colored_on_colored": ((64, 64, 5), 2),
-    "clevr_with_masks": ((11, 240, 320), 0),
+TFRECORDS = {  # name: shape of the masks as stored; the shortest axis is that of the entities
+    "tetrominoes": (4, 35, 35),
+    "multi_dsprites_colored_on_grayscale": (64, 64, 6),
+    "multi_dsprites_colored_on_colored": (64, 64, 5),
+    "clevr_with_masks": (11, 240, 320),
 }
 
 
 def tfrecord_scenes(path, dataset, resolution, crop):
     """Yields the scenes of one of DeepMind's files, cropped and resized; crop is CLEVR's alone."""
-    file = FILES[dataset].file
-    is_clevr = dataset == "clevr"
+    name = Path(dataset.file).stem
+    is_clevr = "clevr" in name
     crop = crop if is_clevr else "none"
 
     def decode(record):
         block = {}
         with reading(path):
-            scene = decode_scene(record, Path(file).stem)
+            scene = decode_scene(record, name)
             if is_clevr:
                 block["target"] = clevr_target(scene)[None]
         block["image"] = resize(cropped(scene["image"], crop), resolution)[None]
         mask = cropped(scene["mask"].transpose(1, 2, 0), crop)                  # [h, w, E]
         block["label"] = np.uint8(resize_nearest(mask, resolution).argmax(2))[None]
-        block["objects"] = [round(float(scene["visibility"].sum())) - 1]  # not the background
+        block["objects"] = [round(scene["visibility"].sum()) - 1]  # not the background
         return block
 
-    return in_threads(decode, read_records(path, FILES[dataset].used))
+    return in_threads(decode, read_records(path, dataset.used))
 
 
 def read_tfrecords(path, name, limit=None):
@@ -409,16 +402,15 @@ def read_tfrecords(path, name, limit=None):
         yield scene
 
 
-def read_records(path, limit=None):
+def read_records(path, limit):
     """Yields the records of a TFRecord file as bytes, the first `limit` of them.
 
     A gzip file is read to its end, where its checksum is. Of a file that is not compressed, only
     the checksums of the records' lengths are verified: in Python, the others would take hours.
     """
     with reading(path), open(path, "rb") as raw:
-        compressed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        file = gzip.GzipFile(fileobj=raw) if compressed else raw
+        compressed = raw.peek(2).startswith(b"\x1f\x8b")
+        file = gzip.open(raw) if compressed else raw
         count = 0
         while count != limit and (header := file.read(12)):
             length = int.from_bytes(checked(header[:8], header[8:]), "little")
@@ -437,9 +429,9 @@ def read_records(path, limit=None):
 
 def decode_scene(record, name):
     """Returns the scene of a record as a dict of arrays, see read_tfrecords."""
-    mask_shape, entity_axis = TFRECORDS[name.removesuffix("_train")]
+    shape = TFRECORDS[name.removesuffix("_train")]
     scene = parse_example(record)
-    mask = np.moveaxis(scene["mask"].reshape(mask_shape), entity_axis, 0) != 0
+    mask = np.moveaxis(scene["mask"].reshape(shape), np.argmin(shape), 0) != 0
     scene["mask"] = mask.view(np.uint8)                                         # [E, H, W]
     scene["image"] = scene["image"].reshape(*mask.shape[1:], 3)
     for key, array in scene.items():
@@ -451,18 +443,18 @@ def decode_scene(record, name):
 def parse_example(record):
     """Returns {feature: flat array, uint8 or float32} of a serialised tf.train.Example."""
     scene = {}
-    features = protobuf(memoryview(record))[1][0]
-    for entry in protobuf(features)[1]:
-        entry = protobuf(entry)
-        name = bytes(entry[1][0]).decode()
-        feature = protobuf(entry[2][0])
+    features = dict(protobuf(memoryview(record)))[1]
+    for _, entry in protobuf(features):
+        entry = dict(protobuf(entry))
+        name = bytes(entry[1]).decode()
+        feature = dict(protobuf(entry[2]))
         if 1 in feature:  # a BytesList of single bytes, each a message: field 1, length 1, the byte
-            field, length, byte = np.frombuffer(feature[1][0], np.uint8).reshape(-1, 3).T
-            if (field != 10).any() or (length != 1).any():
+            field, length, byte = np.frombuffer(feature[1], np.uint8).reshape(-1, 3).T
+            if np.any((field != 10) | (length != 1)):
                 raise ValueError("its byte strings are not single bytes")
             scene[name] = byte
         else:
-            floats = protobuf(feature[2][0])[1][0]
+            floats = dict(protobuf(feature[2]))[1]
             scene[name] = np.frombuffer(floats, "<f4")
     return scene
 
@@ -478,20 +470,19 @@ def read_tf_checkpoint(prefix):
     with reading(path):
         index = path.read_bytes()
         data = Path(f"{prefix}.data-00000-of-00001").read_bytes()
-        if index[-8:] != bytes.fromhex("57fb808b247547db"):
+        if not index.endswith(b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"):
             raise ValueError("it does not end as a table does")
         footer = index[-48:]
         for _ in range(2):  # the place of the metaindex, an offset and a size: nobody needs it
             _, footer = varint(footer)
         for _, place in table_block(index, footer):
             for key, value in table_block(index, place):
-                entry = protobuf(value)
-                if not key or entry.get(1) != [1]:  # the header, or not float32
+                entry = dict(protobuf(value))
+                if not key or entry.get(1) != 1:  # the header, or not float32
                     continue
-                dims = protobuf(entry[2][0]).get(2, [])
-                shape = [protobuf(dim).get(1, [0])[0] for dim in dims]
-                offset = entry.get(4, [0])[0]
-                array = checked(data[offset:offset + entry[5][0]], entry[6][0])
+                shape = [dict(protobuf(dim)).get(1, 0) for _, dim in protobuf(entry[2])]
+                offset = entry.get(4, 0)
+                array = checked(data[offset:offset + entry[5]], entry[6])
                 arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
     return arrays
 
@@ -516,8 +507,7 @@ def table_block(table, place):
 
 
 def protobuf(buffer):
-    """Returns {field: [values]} of a protobuf message: numbers, or bytes still to be decoded."""
-    fields = {}
+    """Yields (field, value) of a protobuf message: a number, or bytes still to be decoded."""
     while buffer:
         tag, buffer = varint(buffer)
         wire_type = tag & 7
@@ -529,8 +519,7 @@ def protobuf(buffer):
                 raise ValueError("a message ends too early")
             value = buffer[:size]
             buffer = buffer[size:]
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
+        yield tag >> 3, value
 
 
 def varint(buffer):
@@ -555,7 +544,7 @@ def checked(buffer, checksum):
     return buffer
 
 
-CRC_TABLE = list(range(256))
+CRC_TABLE = range(256)
 for _ in range(8):
     CRC_TABLE = [crc >> 1 ^ 0x82F63B78 * (crc & 1) for crc in CRC_TABLE]
 
@@ -604,7 +593,7 @@ def write_cache(path, scenes, total):
     """Writes blocks of scenes as they come: the member "records" of a zip file, not compressed."""
     say(f"writing about {total:,} scenes into {path} (only the first time)")
     objects = []
-    with whole_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with whole_file(path) as file, ZipFile(file, "w") as archive:
         with archive.open("records", "w", force_zip64=True) as stream:
             start = file.tell()
             for block in scenes:
@@ -612,17 +601,18 @@ def write_cache(path, scenes, total):
                 fields = [(key, array.dtype.str, array.shape[1:]) for key, array in block.items()]
                 records = np.rec.fromarrays([*block.values()], fields)  # a scene's side by side
                 stream.write(records.tobytes())
-                say(f"{len(objects):,} of about {total:,} scenes", renew=True)
+                renew = len(objects) % 10_000 != 0  # each ten thousand a line that stays
+                say(f"{len(objects):,} of about {total:,} scenes", renew)
         if not objects:
             raise InputError(f"there is no scene to build {path} from")
         about = {"start": start, "fields": fields, "objects": objects}
         archive.writestr("about.json", json.dumps(about))
 
 
-@functools.lru_cache  # its checksums are verified once in a run
+@lru_cache  # its checksums are verified once in a run
 def read_cache(path):
     """Returns the arrays of a cache, mapped, and the numbers of objects."""
-    with reading(path, "; it can be deleted"), zipfile.ZipFile(path) as archive:
+    with reading(f"{path} (it can be deleted)"), ZipFile(path) as archive:
         say(f"verifying {path}", renew=True)
         if RANK == 0 and archive.testzip():
             raise ValueError("a checksum is wrong")
@@ -642,15 +632,15 @@ def in_threads(function, jobs):
     torch.set_num_threads(1)  # in each job
     workers = os.cpu_count() if "RANK" in os.environ else threads  # torchrun sets threads to 1
     workers = min(workers, 16)  # of more, most would wait for Python's lock
-    results = deque()
+    results = []
     try:
         with ThreadPoolExecutor(workers) as pool:
             for job in jobs:
                 results.append(pool.submit(function, job))
                 if len(results) > 2 * workers:
-                    yield results.popleft().result()
-            while results:
-                yield results.popleft().result()
+                    yield results.pop(0).result()
+            for result in results:
+                yield result.result()
     finally:
         torch.set_num_threads(threads)
 
@@ -668,7 +658,7 @@ def say(line, renew=False):
     terminal = sys.stderr.isatty()
     if RANK > 0 or (renew and not terminal):
         return
-    with contextlib.suppress(OSError):  # a closed terminal or pipe is no reason to stop
+    with suppress(OSError):  # a closed terminal or pipe is no reason to stop
         print("\r\x1b[K" * terminal + line, end="" if renew else "\n", file=sys.stderr, flush=True)
 
 
@@ -680,7 +670,7 @@ def duration(seconds):
     return f"{seconds:.0f} s"
 
 
-@contextlib.contextmanager
+@contextmanager
 def one_line_errors(*others):
     """Ends the program with one line and exit code 2 after an InputError, or one of the others.
 
@@ -697,8 +687,8 @@ def one_line_errors(*others):
         sys.exit(130)
 
 
-@contextlib.contextmanager
-def reading(path, hint=""):
+@contextmanager
+def reading(path):
     """Turns whatever a missing or damaged file raises into an InputError that names it."""
     try:
         yield
@@ -710,10 +700,10 @@ def reading(path, hint=""):
             reason = "it ends too early: was its download interrupted?"
         elif not reason:
             reason = f"damaged, or of the wrong kind: {error!r:.100} (python -X dev shows where)"
-        raise InputError(f"{path}: {reason}{hint}") from error
+        raise InputError(f"{path}: {reason}") from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path):
     """Opens a new file that takes the place of `path` at the end, when it is whole.
 
@@ -724,12 +714,12 @@ def whole_file(path):
         with open(part, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+            os.fsync(file)
+        part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error}); what was there before is kept") from error
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             part.unlink()
 
 
@@ -738,18 +728,20 @@ def lock(file, wait=False):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)  # a file system may have no locks
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system may have no locks
+        pass
     return True
 
 
 def read_file(path):
     """Returns the content of a checkpoint or a file of weights (.pt). No code in it is run."""
     with reading(path):
-        with zipfile.ZipFile(path) as archive:
+        with ZipFile(path) as archive:
             if archive.testzip():  # torch.load verifies no checksums
                 raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, "cpu", weights_only=True)
 
 
 # --- Generated scenes ---------------------------------------------------------------------------
@@ -785,11 +777,9 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
     else:
         say(f"{count:,} generated scenes for {split} (no {Path(dataset.file).name} in {root}/)")
 
-    def make(start):
-        seed = (1 if split == "train" else 2), start
-        return makers[name](min(size, count - start), seed, *options)
-
-    blocks = map(make, range(0, count, size))  # threads would wait for Python's lock
+    seed = 1 if split == "train" else 2
+    blocks = (makers[name](min(size, count - start), (seed, start), *options)
+              for start in range(0, count, size))  # threads would wait for Python's lock
     return cached(cache, root, [], blocks, count)
 
 
@@ -882,19 +872,19 @@ def make_multi_dsprites(count, seed):
     shape = rng.choice(3, size)
     scale = rng.choice(np.linspace(0.5, 1, 6), size)
     orientation = rng.choice(np.linspace(0, 2 * np.pi, 40), size)
-    row = rng.choice(32, size)
-    col = rng.choice(32, size)
+    row, col = rng.choice(32, (2, *size))
     color = rng.random((*size, 3))  # real scenes have dark and pale sprites, too
     grey = rng.random((count, 1))
     palette = np.insert(color, 0, grey, 1)                                      # [n, 6, 3]
 
+    # The picture is a part of the complex plane, x + 1j * y.
+    center = 16 + col + 1j * (16 + row)
+    turn = np.exp(-1j * orientation) / (12 * scale)
+    pixels = np.arange(64)[:, None]
+    plane = pixels + 1j * pixels[:, None]                                       # [64, 64, 1]
     label = np.empty((count, 64, 64), np.uint8)
-    pixels = np.arange(64)[:, None] - 16
     for i in range(count):
-        x = pixels - col[i]                                                     # [64, 5]
-        y = pixels[:, None] - row[i]                                            # [64, 1, 5]
-        turn = np.exp(-1j * orientation[i]) / (12 * scale[i])
-        on_sprite = (x + 1j * y) * turn                                         # [64, 64, 5]
+        on_sprite = (plane - center[i]) * turn[i]                               # [64, 64, 5]
         u = on_sprite.real
         v = on_sprite.imag
         square = np.maximum(abs(u), abs(v)) < 0.8
@@ -985,7 +975,7 @@ def draw_clevr_scene(rng, number):
     x, y, _ = camera_axes(camera)[0]
     aside_and_ahead = [[x, -y], [y, x]]
     factors = {
-        key: rng.integers(1, len(names) + 1, number, np.uint8)
+        key: rng.integers(1, len(names), number, np.uint8)
         for key, names in CLEVR_CODES.items()
     }
     size = CLEVR_SIZES[factors["size"]]
@@ -993,8 +983,7 @@ def draw_clevr_scene(rng, number):
     for i in range(number):
         trials = rng.uniform(-3, 3, (50, 2))
         step = trials[:, None] - place[:i]                                      # [50, i, 2]
-        distance = np.linalg.norm(step, axis=2)                                 # [50, i]
-        apart = distance - size[:i] - size[i] > 0.25
+        apart = np.linalg.norm(step, axis=2) - size[:i] - size[i] > 0.25        # [50, i]
         apart &= abs(step @ aside_and_ahead).min(2) > 0.4
         fitting = trials[apart.all(1)]
         if not len(fitting):
@@ -1081,7 +1070,7 @@ class ClevrScene:
         right, down, ahead = self.axes
         offset = pixel - torch.tensor([160, 240])
         y, x = (offset / CLEVR_FOCAL).hsplit(2)
-        direction = F.normalize(x * right + y * down + ahead, dim=1)
+        direction = F.normalize(x * right + y * down + ahead)
         return self.camera.expand_as(direction), direction
 
     def intersect(self, origin, direction):
@@ -1092,8 +1081,7 @@ class ClevrScene:
         # Only the Q pairs of a ray and a solid whose bounding sphere it meets are computed: there
         # the distance to the point nearest to the center is larger than that of a tangent.
         along = direction @ self.center.T - dot(origin, direction)              # [R, E]
-        distance = torch.cdist(origin, self.center)
-        tangent = (distance ** 2 - self.reach).clamp(0).sqrt()
+        tangent = (torch.cdist(origin, self.center) ** 2 - self.reach).clamp(0).sqrt()
         ray, entity = (along > tangent).nonzero(as_tuple=True)
         solid = self.solid[entity]
         position = origin[ray] - self.center[entity]
@@ -1126,10 +1114,9 @@ class ClevrScene:
         position = origin + distance[:, None] * direction
         # The normal of |ball * point| ** 16 + sum((box * point) ** 16) = 1: edges look round.
         solid = self.solid[entity]
-        offset = position - self.center[entity]
-        p, q = transform(solid, offset).hsplit(2)
+        p, q = transform(solid, position - self.center[entity]).hsplit(2)
         gradient = torch.hstack([p * dot(p, p) ** 7, q ** 15])                  # [R, 6]
-        normal = F.normalize(transform(solid.mT, gradient), dim=1)
+        normal = F.normalize(transform(solid.mT, gradient))
         normal[entity == 0, 2] = 1  # the ground's is up
         mirrored = direction - 2 * dot(direction, normal) * normal
         sky = (descent.clamp(max=0) / 0.07).exp()  # it darkens from the horizon up
@@ -1144,11 +1131,7 @@ class ClevrScene:
             _, inside = self.intersect(position, to_lamp)
             shadow = 2 * inside.amax(1, keepdim=True)
             aim = F.normalize(lamp, dim=0)  # at the origin
-            beam = (
-                power
-                * (1 - shadow).clamp(0)
-                * dot(to_lamp, aim).clamp(0)
-            )
+            beam = power * (1 - shadow).clamp(0) * dot(to_lamp, aim).clamp(0)
             diffuse = beam * dot(to_lamp, normal).clamp(0)
             light = light + diffuse / length ** 2
             gloss += beam * dot(to_lamp, mirrored).clamp(0) ** 100
@@ -1163,20 +1146,15 @@ class ClevrScene:
         """Returns image [H, W, 3] and label [H, W], both uint8, of a window of the frame."""
         pixel = pixel_centers(window, resolution, resolution)
         color, entity = self.shade(*self.camera_rays(pixel))
-        picture = color.clamp(max=1) ** (1 / 2.2)
-        picture = picture.view(resolution, resolution, 3)
+        picture = color.clamp(max=1).view(resolution, resolution, 3) ** (1 / 2.2)
         # Antialiasing: three rays for each pixel that differs from a neighbor.
-        grid = picture.permute(2, 0, 1)
-        contrast = (
-            F.max_pool2d(grid, 3, 1, 1)
-            + F.max_pool2d(-grid, 3, 1, 1)
-        )
+        grid = picture.movedim(2, 0)
+        contrast = F.max_pool2d(grid, 3, 1, 1) + F.max_pool2d(-grid, 3, 1, 1)
         edge = (contrast > 0.25).any(0)
         size = (pixel[-1] - pixel[0]) / (resolution - 1)
         offset = torch.tensor([[0, -1], [1, 0], [-1, 1]])
         pixel = pixel[edge.flatten(), None] + size * offset / 3                 # [r, 3, 2]
-        rays = self.camera_rays(pixel.flatten(0, 1))
-        color, _ = self.shade(*rays)                                            # [3 * r, 3]
+        color, _ = self.shade(*self.camera_rays(pixel.flatten(0, 1)))           # [3 * r, 3]
         color = color.clamp(max=1).view(-1, 3, 3).mean(1)
         picture[edge] = color ** (1 / 2.2)
         image = (255 * picture).round().byte()
