@@ -82,17 +82,23 @@ def to_device(x, device):
 
 
 URL = "https://storage.googleapis.com/multi-object-datasets"
-# file: its path at URL; used: how many of its first scenes; train: how many of these are for
-# training; resolution: height and width of the images.
-Dataset = namedtuple("Dataset", "file used train resolution")
+# file: its path at URL; masks: their shape in it, the shortest axis is that of the entities; used:
+# how many of its first scenes; train: how many of these are for training; resolution: height and
+# width of the images.
+Dataset = namedtuple("Dataset", "file masks used train resolution")
 FILES = {
-    "tetrominoes": Dataset("tetrominoes/tetrominoes_train.tfrecords", 65_000, 60_000, 35),
+    "tetrominoes": Dataset(
+        "tetrominoes/tetrominoes_train.tfrecords", (4, 35, 35), 65_000, 60_000, 35),
     "multi_dsprites": Dataset(
-        "multi_dsprites/multi_dsprites_colored_on_grayscale.tfrecords", 65_000, 60_000, 64),
+        "multi_dsprites/multi_dsprites_colored_on_grayscale.tfrecords",
+        (64, 64, 6), 65_000, 60_000, 64),
     "multi_dsprites_on_colored": Dataset(
-        "multi_dsprites/multi_dsprites_colored_on_colored.tfrecords", 65_000, 60_000, 64),
-    "clevr": Dataset("clevr_with_masks/clevr_with_masks_train.tfrecords", 100_000, 70_000, 128),
-    "clevr_like": Dataset(None, None, 70_000, 128),  # it is always generated
+        "multi_dsprites/multi_dsprites_colored_on_colored.tfrecords",
+        (64, 64, 5), 65_000, 60_000, 64),
+    "clevr": Dataset(
+        "clevr_with_masks/clevr_with_masks_train.tfrecords",
+        (11, 240, 320), 100_000, 70_000, 128),
+    "clevr_like": Dataset(None, None, None, 70_000, 128),  # it is always generated
 }
 DATASETS = {}  # your own: a name, and a function that returns Scenes of "train" or "eval"
 
@@ -117,7 +123,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if masks and name in FILES:
         raise InputError(f"--masks is for a folder of pictures, not for {name}")
     root = Path(root)
-    dataset = FILES.get(name, Dataset(None, None, np.inf, 128))
+    dataset = FILES.get(name, Dataset(None, None, None, np.inf, 128))
     resolution = resolution or dataset.resolution
     if name not in FILES:
         path = Path(name).resolve()
@@ -183,8 +189,6 @@ FORMATS = "PNG JPEG GIF BMP TIFF WEBP PPM".split()  # not EPS: that runs a progr
 @lru_cache  # once in a run
 def folder_arrays(folder, root, resolution, masks):
     """Returns the arrays of all pictures under a folder, sorted by name, through the cache."""
-    if masks in (folder, *folder.parents):
-        raise InputError(f"--masks {masks} must be another folder than that of the pictures")
     files = []
     others = []
     with reading(folder):
@@ -193,8 +197,9 @@ def folder_arrays(folder, root, resolution, masks):
             if path.is_file() and not hidden and masks not in path.parents:
                 (files if path.suffix.lower() in PICTURES else others).append(path)
     if not files:
-        raise InputError(f"{folder} is not a folder with pictures ({' '.join(PICTURES)}), "
-                         f"and none of the datasets ({', '.join([*FILES, *DATASETS])})")
+        raise InputError(f"{folder} is not a folder with pictures ({' '.join(PICTURES)}; those in "
+                         "--masks are left out), and none of the datasets "
+                         f"({', '.join([*FILES, *DATASETS])})")
     if others:
         say(f"{len(others)} other files left out: {', '.join(path.name for path in others[:5])}")
 
@@ -315,12 +320,12 @@ def clevr_v1_scenes(folder, resolution, crop):
             continue
         with reading(file):
             for scene in json.loads(file.read_bytes())["scenes"]:
-                path = folder / f"images/{part}" / Path(scene["image_filename"]).name
+                path = folder / f"images/{part}/{Path(scene['image_filename']).name}"
                 objects = scene["objects"]
                 factors = {key: np.array([names.index(o[key]) for o in objects])
                            for key, names in CLEVR_CODES.items()}
                 coords = np.transpose([o["3d_coords"] for o in objects])
-                factors["x"], factors["y"], factors["z"] = coords
+                factors.update(zip("xyz", coords))
                 jobs.append((path, clevr_target(factors)))
 
     def read(job):
@@ -360,24 +365,16 @@ def resize_nearest(labels, resolution):
 
 # --- TensorFlow's file formats, without TensorFlow ----------------------------------------------
 
-TFRECORDS = {  # name: shape of the masks as stored; the shortest axis is that of the entities
-    "tetrominoes": (4, 35, 35),
-    "multi_dsprites_colored_on_grayscale": (64, 64, 6),
-    "multi_dsprites_colored_on_colored": (64, 64, 5),
-    "clevr_with_masks": (11, 240, 320),
-}
-
 
 def tfrecord_scenes(path, dataset, resolution, crop):
     """Yields the scenes of one of DeepMind's files, cropped and resized; crop is CLEVR's alone."""
-    name = Path(dataset.file).stem
-    is_clevr = "clevr" in name
+    is_clevr = "clevr" in dataset.file
     crop = crop if is_clevr else "none"
 
     def decode(record):
         block = {}
         with reading(path):
-            scene = decode_scene(record, name)
+            scene = decode_scene(record, dataset.masks)
             if is_clevr:
                 block["target"] = clevr_target(scene)[None]
         block["image"] = resize(cropped(scene["image"], crop), resolution)[None]
@@ -392,13 +389,13 @@ def tfrecord_scenes(path, dataset, resolution, crop):
 def read_tfrecords(path, name, limit=None):
     """Yields the scenes of one of DeepMind's TFRecord files, a dict of arrays each, in their order.
 
-    name: a key of TFRECORDS, with or without "_train". image [H, W, 3] uint8; mask [E, H, W] uint8
-    0/1, background first; the factors as stored, [E] or [E, 3], float32 or uint8. Raises InputError
-    if the file is damaged, or another one.
+    name: a key of FILES. image [H, W, 3] uint8; mask [E, H, W] uint8 0/1, background first; the
+    factors as stored, [E] or [E, 3], float32 or uint8. Raises InputError if the file is damaged, or
+    another one.
     """
     for record in read_records(path, limit):
         with reading(path):
-            scene = decode_scene(record, name)
+            scene = decode_scene(record, FILES[name].masks)
         yield scene
 
 
@@ -427,9 +424,9 @@ def read_records(path, limit):
                 say(f"{raw.tell() / os.path.getsize(path):.0%}", renew=True)
 
 
-def decode_scene(record, name):
-    """Returns the scene of a record as a dict of arrays, see read_tfrecords."""
-    shape = TFRECORDS[name.removesuffix("_train")]
+def decode_scene(record, shape):
+    """Returns the scene of a record as a dict, see read_tfrecords. shape: of its masks as stored.
+    """
     scene = parse_example(record)
     mask = np.moveaxis(scene["mask"].reshape(shape), np.argmin(shape), 0) != 0
     scene["mask"] = mask.view(np.uint8)                                         # [E, H, W]
@@ -617,10 +614,10 @@ def read_cache(path):
         if RANK == 0 and archive.testzip():
             raise ValueError("a checksum is wrong")
         about = json.loads(archive.read("about.json"))
-        fields = [(key, kind, tuple(shape)) for key, kind, shape in about["fields"]]
+        fields = [tuple(field) for field in about["fields"]]
         objects = np.array(about["objects"])
         records = np.memmap(path, fields, "r", about["start"], len(objects))
-    return {"objects": objects, **{key: np.asarray(records[key]) for key in records.dtype.names}}
+    return {"objects": objects, **{key: records[key] for key in records.dtype.names}}
 
 
 def in_threads(function, jobs):
@@ -966,9 +963,10 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
 
 
 def draw_clevr_scene(rng, number):
-    """Draws a scene by the rules of CLEVR's generator: its factors [11], and a ClevrScene of them.
+    """Draws a scene by the rules of CLEVR's generator: its factors, and a ClevrScene of them.
 
-    As there, it starts over if an object finds no place, or shows under 200 pixels of 240 x 320.
+    The factors are arrays [1 + number], of the ground and the objects. As there, it starts over if
+    an object finds no place, or shows under 200 pixels of 240 x 320.
     """
     camera = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3)
     lamps = CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
@@ -993,7 +991,7 @@ def draw_clevr_scene(rng, number):
     factors["z"] = size
     factors["rotation"] = np.float32(rng.uniform(0, 360, number))  # used as radians, as in CLEVR
     factors = {
-        key: np.pad(values, (1, 10 - number))
+        key: np.insert(values, 0, 0)  # the ground
         for key, values in factors.items()
     }
     scene = ClevrScene(camera, lamps, **factors)
@@ -1039,7 +1037,7 @@ def transform(matrix, vector):
 
 
 class ClevrScene:
-    """One scene, and what R rays see in it. Its E entities: the ground, objects, and padding."""
+    """One scene, and what R rays see in it. Its E entities: the ground, and objects."""
 
     def __init__(self, camera, lamps, x, y, z, rotation, size, material, shape, color):
         size = CLEVR_SIZES[size]

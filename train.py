@@ -44,7 +44,7 @@ from slot_attention import (MODELS, WeightsError, adjusted_rand_index, average_p
 RANK = data.RANK
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-SAVE_EVERY = 600  # seconds, at the next line of the log
+SAVE_EVERY = 600  # seconds of training, at the next line of the log
 SEED_STRIDE = 1_000_003  # more than the usual numbers of steps: no two seeds share their noise
 
 # --- The recipes --------------------------------------------------------------------------------
@@ -144,8 +144,8 @@ RECIPES = {  # NAME[-set_prediction][-small]: what differs from Config; folder: 
     "clevr-set_prediction-small": SMALL_SET_PREDICTION,
     "clevr_like-set_prediction": SET_PREDICTION,
     "clevr_like-set_prediction-small": SMALL_SET_PREDICTION,
-    "folder": dict(max_objects=254, train_count=10 ** 9),
-    "folder-small": dict(SMALL_64, max_objects=254, train_count=10 ** 9),
+    "folder": dict(max_objects=254, train_count=1_000_000_000),
+    "folder-small": dict(SMALL_64, max_objects=254, train_count=1_000_000_000),
 }
 
 # --- The loop -----------------------------------------------------------------------------------
@@ -157,9 +157,9 @@ def train(config, out, checkpoint=None):
     With a checkpoint it resumes. A signal ends the program after saving, with exit code 128 + the
     signal's number.
     """
-    device, autocast = set_up(config)
+    autocast = set_up(config)
     torch.manual_seed(config.seed)  # the same weights in every process
-    model = build_model(config, device, checkpoint)
+    model = build_model(config, checkpoint)
     compiled = torch.compile(model, dynamic=False) if config.compile else model
     optimizers = build_optimizers(config, model, checkpoint)
     train_set = load_scenes(config, "train")
@@ -182,8 +182,8 @@ def train(config, out, checkpoint=None):
 
     stop = catch_signals()
     logged = start
-    saved = time.monotonic()
-    total = torch.zeros((), device=device)  # of the losses since the last line of the log
+    saved = seconds
+    total = 0  # of the losses since the last line of the log
     clock = time.perf_counter()
     for step in range(start + 1, config.steps + 1):
         model.train()
@@ -191,11 +191,10 @@ def train(config, out, checkpoint=None):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step - 1, config)
-        for batch in micro_batches(step - 1, config, train_set, device):
+        for batch in micro_batches(step - 1, config, train_set):
             with autocast:
                 slots = model.slot_attention.init_slots(batch["noise"])  # see micro_batches
-                output = compiled(batch["image"], slots,
-                                  num_iterations=config.train_iterations or None)
+                output = compiled(batch["image"], slots, num_iterations=config.train_iterations)
             # The loss. If you change it, change it in evaluate as well.
             if config.task == "set_prediction":
                 loss = hungarian_huber_loss(output.predictions, batch["target"])   # section 2.3
@@ -215,27 +214,29 @@ def train(config, out, checkpoint=None):
         for optimizer in optimizers:
             optimizer.step()
 
-        stopping = in_any_process(stop)
+        stopping = torch.tensor(len(stop))  # signals, in any process
+        sum_over_processes(stopping)
         at_eval = step % config.eval_every == 0 or step == config.steps
         if at_eval or stopping or step % config.log_every == 0:
             sum_over_processes(total)
-            mean_loss = total.item() / (step - logged)
+            steps = step - logged
+            mean_loss = total.item() / steps
             duration = time.perf_counter() - clock
             seconds += duration
-            rate = (step - logged) * config.batch_size / duration
+            rate = steps * config.batch_size / duration
             row = {"step": step, "loss": mean_loss, "seconds": round(seconds, 1),
                    "images_per_s": round(rate, 1)}
             if config.device == "cuda":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 1)
                 torch.cuda.reset_peak_memory_stats()  # else cuDNN's first trials would stay in it
             if at_eval and RANK == 0:
-                row.update(evaluate(model, config, eval_set, device, autocast))
-            saving = at_eval or stopping or time.monotonic() - saved > SAVE_EVERY
+                row.update(evaluate(model, config, eval_set, autocast))
+            saving = at_eval or stopping or seconds - saved > SAVE_EVERY
             write_row(log, row, config, renew=not saving and logged > start)
             if saving:
                 save(out, config, model, optimizers, step, seconds, source)
-                saved = time.monotonic()
-            total.zero_()
+                saved = seconds
+            total = 0
             logged = step
             clock = time.perf_counter()
         if stopping:
@@ -244,7 +245,7 @@ def train(config, out, checkpoint=None):
             sys.exit(128 + number)
 
 
-def micro_batches(step, config, scenes, device):
+def micro_batches(step, config, scenes):
     """Yields this process's micro-batches of a step, with the slots' initial noise [B, K, D].
 
     Order and noise depend on seed and step alone. So a resumed run goes on as if it had never
@@ -255,11 +256,10 @@ def micro_batches(step, config, scenes, device):
     generator = torch.Generator().manual_seed(SEED_STRIDE * config.seed + step)
     shape = config.batch_size, config.num_slots, config.slot_dim
     noises = torch.randn(shape, generator=generator)
-    my_indices = indices.chunk(WORLD_SIZE)[RANK].chunk(config.accumulate)
-    my_noises = noises.chunk(WORLD_SIZE)[RANK].chunk(config.accumulate)
-    for index, noise in zip(my_indices, my_noises):
-        batch = scenes.batch(index, device, ("image", "target"))
-        batch["noise"] = data.to_device(noise, device)
+    mine = torch.arange(config.batch_size).chunk(WORLD_SIZE)[RANK]
+    for rows in mine.chunk(config.accumulate):
+        batch = scenes.batch(indices[rows], config.device, ("image", "target"))
+        batch["noise"] = data.to_device(noises[rows], config.device)
         yield batch
 
 
@@ -289,7 +289,7 @@ def learning_rate(step, config):
 
 
 @torch.no_grad()
-def evaluate(model, config, scenes, device, autocast, num_iterations=None):
+def evaluate(model, config, scenes, autocast, num_iterations=None):
     """Returns a split's mean loss, "eval_loss", and its mean "fg_ari" if it has masks.
 
     For set prediction, the average precision within each distance: "ap_inf", "ap_1" ...
@@ -298,14 +298,14 @@ def evaluate(model, config, scenes, device, autocast, num_iterations=None):
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     model.eval()
     eval_loss = 0.0
-    fg_ari = 0.0
+    fg_ari = []
     predictions = []
     targets = []
     size = config.batch_size // (WORLD_SIZE * config.accumulate)  # it fits in memory in training
     for index in torch.arange(len(scenes)).split(size):
-        batch = scenes.batch(index, device)
+        batch = scenes.batch(index, config.device)
         with autocast:
-            slots = model.slot_attention.init_slots(noise[index].to(device))
+            slots = model.slot_attention.init_slots(noise[index].to(config.device))
             output = model(batch["image"], slots, num_iterations=num_iterations)
         if config.task == "set_prediction":
             loss = hungarian_huber_loss(output.predictions, batch["target"])
@@ -314,15 +314,15 @@ def evaluate(model, config, scenes, device, autocast, num_iterations=None):
         else:
             loss = F.mse_loss(output.recon_combined, batch["image"])
             if "label" in batch:
-                fg_ari += foreground_ari(batch["label"], output.masks).double().sum().item()
+                fg_ari += foreground_ari(batch["label"], output.masks).tolist()
         eval_loss += loss.item() * len(index)
     metrics = {"eval_loss": round(eval_loss / len(scenes), 6)}
     if config.task == "set_prediction":
         for distance in (math.inf, 1, 0.5, 0.25, 0.125):
             ap = average_precision_clevr(torch.cat(predictions), torch.cat(targets), distance)
             metrics[f"ap_{distance}"] = round(ap, 4)
-    elif "label" in scenes.arrays:
-        metrics["fg_ari"] = round(fg_ari / len(scenes), 4)
+    elif fg_ari:
+        metrics["fg_ari"] = round(sum(fg_ari) / len(scenes), 4)
     return metrics
 
 
@@ -331,21 +331,21 @@ def foreground_ari(label, masks):
     label = label.flatten(1)[..., None]                                 # [B, P, 1]
     foreground = label[(label > 0) & (label < 255)].unique()            # [entities]
     true_mask = label == foreground                                     # [B, P, entities]
-    return adjusted_rand_index(true_mask, masks.flatten(2).transpose(1, 2))
+    return adjusted_rand_index(true_mask, masks.flatten(2).mT)
 
 
 def print_evaluation(config, checkpoint):
     """Prints the metrics after 1, 2, 3 ... iterations (generalisation, section 4.1)."""
-    device, autocast = set_up(config)
+    autocast = set_up(config)
     scenes = load_scenes(config, "eval")
     # Whatever --num-slots says, the model has as many learned means as in training.
     trained = replace(config, num_slots=checkpoint["arguments"]["num_slots"])
-    model = build_model(trained, device, checkpoint)
+    model = build_model(trained, checkpoint)
     if scenes.source != checkpoint.get("source", scenes.source):
         data.say(f"trained on {checkpoint['source']}: some of these scenes may have been in it")
     print(f"{len(scenes):,} held-out scenes of {scenes.source}, {config.num_slots} slots")
     for iterations in range(1, max(8, config.num_iterations) + 1):
-        result = evaluate(model, config, scenes, device, autocast, iterations)
+        result = evaluate(model, config, scenes, autocast, iterations)
         print(json.dumps({"num_iterations": iterations, **result}), flush=True)
 
 
@@ -370,18 +370,16 @@ def load_scenes(config, split):
 def set_up(config):
     """Prepares hardware and processes, and writes the number of threads into the config.
 
-    Returns the device, and the autocast to bfloat16, which may be off.
+    Returns the autocast to bfloat16, which may be off.
     """
     if config.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # which "cuda" means from here
         if config.dtype != "float32":
             torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = config.dtype != "float32"
         torch.backends.cudnn.benchmark = True
         fast = torch.cuda.get_device_capability()[0] >= 8
     else:
-        device = torch.device("cpu")
         config.threads = config.threads or idle_cores()  # saved: a resumed run takes as many
         # Other CPUs emulate bfloat16, 50 times slower than float32. On Intel's that have
         # avx512_bf16, but no AMX, it is slower than float32, too.
@@ -396,10 +394,11 @@ def set_up(config):
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"
-    data.say(f"on {WORLD_SIZE} x {device}, {dtype}, threads: {torch.get_num_threads()} (--threads)")
+    data.say(f"on {WORLD_SIZE} x {config.device}, {dtype}, threads: {torch.get_num_threads()} "
+             "(--threads)")
     if config.device != DEVICES[0]:
         data.say("there is a GPU, too: to use it, --device cuda")
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    return torch.autocast(config.device, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def idle_cores():
@@ -422,20 +421,19 @@ def idle_cores():
 
 def keep_freed_memory():
     """Makes glibc keep large tensors' memory for the next: clearing pages is 1/8 of a step."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # another libc
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)   # M_MMAP_MAX: take everything from the heap,
-            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never give it back
+    with contextlib.suppress(OSError):  # another libc, or not Linux
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)   # M_MMAP_MAX: take everything from the heap,
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never give it back
 
 
-def build_model(config, device, checkpoint=None):
+def build_model(config, checkpoint=None):
     """Returns the config's model, with a checkpoint's weights if given. Raises WeightsError."""
     model = MODELS[config.task](**model_arguments(config))
     model.slot_attention.project_q.weight.data *= config.query_scale
     if checkpoint:
         load_weights(model, checkpoint["model"])
-    return model.to(device, memory_format=torch.channels_last)  # the faster layout
+    return model.to(config.device, memory_format=torch.channels_last)  # the faster layout
 
 
 def model_arguments(config):
@@ -489,11 +487,8 @@ def open_log(out, step):
             raise data.InputError(f"another process is training into {out}/: wait for it, or "
                                   "choose another --out")
         log.seek(0)
-        size = 0
-        for line in log:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            size += len(line)
+        size = sum(len(line) for line in log
+                   if line.endswith(b"\n") and json.loads(line)["step"] <= step)
         log.truncate(size)
     return log
 
@@ -510,39 +505,31 @@ def write_row(log, row, config, renew):
     except OSError as error:
         raise data.InputError(f"cannot write {log.name}: {error.strerror}") from error
     left = data.duration(row["seconds"] / row["step"] * (config.steps - row["step"]))
-    values = [f"{key} {value:.4g}" for key, value in row.items()
-              if key not in ("step", "seconds", "peak_gib")]  # in 80 columns
-    start = f"step {row['step']:,} of {config.steps:,}, {left} left"
-    data.say("  ".join([start, *values]), renew)
-
-
-def in_any_process(stop):
-    """Returns whether a signal has come to any process."""
-    count = torch.tensor(len(stop))
-    sum_over_processes(count)
-    return bool(count)
+    values = "  ".join(f"{key} {value:.4g}" for key, value in row.items()
+                       if key not in ("step", "seconds", "peak_gib"))  # in 80 columns
+    data.say(f"step {row['step']:,} of {config.steps:,}, {left} left  {values}", renew)
 
 
 def catch_signals():
     """Returns a list, to which the first Ctrl-C, SIGTERM or SIGHUP is added; a second one kills."""
     stop = []
-    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
 
     def handle(number, frame):
         stop.append(number)
         if WORLD_SIZE == 1:  # torchrun sends each signal again, and kills by itself
-            for other in caught:
+            for other in SIGNALS:
                 signal.signal(other, signal.SIG_DFL)
             with contextlib.suppress(OSError):  # a closed terminal; print may be busy just now
                 os.write(2, b"\nsaving after this step or evaluation (again: stop unsaved)\n")
 
-    for number in caught:
+    for number in SIGNALS:
         signal.signal(number, handle)
     return stop
 
 
-SIGNALS = [number for number in signal.Signals  # Windows has no SIGHUP
-           if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+SIGNALS = [number for number in signal.Signals  # Windows has no SIGHUP, and nohup ignores it
+           if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+           and signal.getsignal(number) != signal.SIG_IGN]
 
 # --- Not in the paper ---------------------------------------------------------------------------
 
@@ -572,9 +559,6 @@ class Muon(torch.optim.Optimizer):
     directions are learned at the same speed, also those whose gradients are small.
     """
 
-    def __init__(self, parameters):
-        super().__init__(parameters, {"lr": 0.0})
-
     @torch.no_grad()
     def step(self):
         group, = self.param_groups
@@ -595,7 +579,8 @@ def orthogonalize(matrix):
 
     Each step maps them by x -> 3.4445 x - 4.7750 x^3 + 2.0315 x^5.
     """
-    if matrix.shape[0] > matrix.shape[1]:
+    rows, columns = matrix.shape
+    if rows > columns:
         return orthogonalize(matrix.T).T
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(5):
@@ -611,12 +596,12 @@ def muon_and_adam(model, layers):
     and 0.95. With layers="encoder" the decoder is left to Adam, too: with Muon on it, slots may end
     as stripes.
     """
-    matrices = [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
-    others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
-    hidden = [name for name in matrices[1:-1] if not re.search(others, name)]
     parameters = dict(model.named_parameters())
-    muon = Muon([parameters.pop(name) for name in hidden])
-    return [muon, torch.optim.Adam(parameters.values(), betas=(0.9, 0.95), fused=True)]
+    matrices = [name for name in parameters if parameters[name].dim() > 1]
+    others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
+    hidden = [parameters.pop(name) for name in matrices[1:-1] if not re.search(others, name)]
+    adam = torch.optim.Adam(parameters.values(), betas=(0.9, 0.95), fused=True)
+    return [Muon(hidden, {"lr": 0.0}), adam]
 
 
 # --- The command line ---------------------------------------------------------------------------
@@ -626,11 +611,11 @@ def parse(argv=None):
     """Returns the arguments, the run's Config, and the checkpoint of --resume or --eval."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS)  # so that only what was typed is there
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", metavar="RUN", help="continue this run")
-    mode.add_argument("--eval", metavar="RUN", help="evaluate this run, or this file of weights")
+    mode.add_argument("--resume", type=Path, metavar="RUN", help="continue this run")
+    mode.add_argument("--eval", type=Path, metavar="RUN",
+                      help="evaluate this run, or this file of weights")
     mode.add_argument("--out", type=Path, help="the run's folder [runs/ and the recipe's name]")
     parser.add_argument("--small", action="store_true",
                         help="a small model, trained with additions to the paper: for a CPU, "
@@ -644,32 +629,33 @@ def parse(argv=None):
             how = {"type": int, "nargs": "+"}
         flag = "--" + field.name.replace("_", "-")
         text = f"{comments.get(field.name)} [CLEVR6: {field.default}]"
-        parser.add_argument(flag, help=text, **how)
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
     args = parser.parse_args(argv)
     typed = {key: value for key, value in vars(args).items() if hasattr(Config, key)}
 
-    run = getattr(args, "resume", getattr(args, "eval", None))
-    checkpoint = visualize.read_run(run) if run is not None else None
-    if checkpoint:
-        if "small" in args:
+    checkpoint = None
+    run = args.resume or args.eval
+    if run:
+        if args.small:
             parser.error(f"--small is for new runs: {run} has its recipe")
-        args.out = Path(run)
+        checkpoint = visualize.read_run(run)
+        args.out = run
         values = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
-        if "eval" in args:  # maybe on another machine
+        if args.eval:  # maybe on another machine
             values.update(device=DEVICES[0], threads=0)
-        unknown = values.keys() - Config.__annotations__.keys()
+        unknown = [key for key in values if not hasattr(Config, key)]
         if unknown:
             parser.error(f"{run} is of another version of this code: it has {unknown}")
-        is_run = "steps" in values  # not a mere file of weights
-        if "resume" in args and not is_run:
-            parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
-        if not is_run and "data" not in typed and values["data"] not in data.FILES:
-            parser.error(f"{run} comes without its dataset: give one with --data")
-        if "resume" in args and "muon" in typed:
+        if "steps" not in values:  # a mere file of weights
+            if args.resume:
+                parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
+            if "data" not in typed and values["data"] not in data.FILES:
+                parser.error(f"{run} comes without its dataset: give one with --data")
+        if args.resume and "muon" in typed:
             parser.error("--resume continues a run with its optimizer, so without --muon")
     else:
-        name, values = find_recipe(typed, "small" in args)
-        args.out = getattr(args, "out", Path("runs", name))
+        name, values = find_recipe(typed, args.small)
+        args.out = args.out or Path("runs", name)
         if RANK == 0 and os.path.exists(args.out / "checkpoint.pt"):
             parser.error(f"{args.out}/ holds a run: --resume or delete it, or choose another --out")
     config = Config(**{**values, **typed})
@@ -714,7 +700,7 @@ def check(config, parser):
 def main(argv=None):
     with data.one_line_errors(WeightsError):
         args, config, checkpoint = parse(argv)
-        if "eval" in args:
+        if args.eval:
             return print_evaluation(config, checkpoint)
         train(config, args.out, checkpoint)
         if WORLD_SIZE > 1:
