@@ -53,8 +53,7 @@ class Scenes:
     def __init__(self, images, labels=None, targets=None, index=None, source="your own"):
         if np.asarray(images).dtype != np.uint8:
             raise TypeError("images must be uint8, 0 to 255")
-        arrays = {"image": images, "label": labels, "target": targets}
-        self.arrays = {key: array for key, array in arrays.items() if array is not None}
+        self.arrays = {"image": images, "label": labels, "target": targets}
         self.index = np.arange(len(images)) if index is None else index
         self.source = source
 
@@ -69,7 +68,7 @@ class Scenes:
         """
         index = self.index[np.asarray(index)]
         batch = {key: to_device(torch.as_tensor(array[index]), device)
-                 for key, array in self.arrays.items() if key in keys}
+                 for key, array in self.arrays.items() if key in keys and array is not None}
         batch["image"] = batch["image"].movedim(3, 1).float().mul_(2 / 255).sub_(1)
         return batch
 
@@ -82,23 +81,23 @@ def to_device(x, device):
 
 
 URL = "https://storage.googleapis.com/multi-object-datasets"
-# file: its path at URL; masks: their shape in it, the shortest axis is that of the entities; used:
-# how many of its first scenes; train: how many of these are for training; resolution: height and
-# width of the images.
-Dataset = namedtuple("Dataset", "file masks used train resolution")
+# train: how many scenes are for training; resolution: height and width of the images. Of official
+# files: file: its path at URL; masks: their shape in it, the shortest axis is that of the entities;
+# used: how many of its first scenes.
+Dataset = namedtuple("Dataset", "train resolution file masks used", defaults=[None] * 3)
 FILES = {
     "tetrominoes": Dataset(
-        "tetrominoes/tetrominoes_train.tfrecords", (4, 35, 35), 65_000, 60_000, 35),
+        60_000, 35, "tetrominoes/tetrominoes_train.tfrecords", (4, 35, 35), 65_000),
     "multi_dsprites": Dataset(
-        "multi_dsprites/multi_dsprites_colored_on_grayscale.tfrecords",
-        (64, 64, 6), 65_000, 60_000, 64),
+        60_000, 64, "multi_dsprites/multi_dsprites_colored_on_grayscale.tfrecords",
+        (64, 64, 6), 65_000),
     "multi_dsprites_on_colored": Dataset(
-        "multi_dsprites/multi_dsprites_colored_on_colored.tfrecords",
-        (64, 64, 5), 65_000, 60_000, 64),
+        60_000, 64, "multi_dsprites/multi_dsprites_colored_on_colored.tfrecords",
+        (64, 64, 5), 65_000),
     "clevr": Dataset(
-        "clevr_with_masks/clevr_with_masks_train.tfrecords",
-        (11, 240, 320), 100_000, 70_000, 128),
-    "clevr_like": Dataset(None, None, None, 70_000, 128),  # it is always generated
+        70_000, 128, "clevr_with_masks/clevr_with_masks_train.tfrecords",
+        (11, 240, 320), 100_000),
+    "clevr_like": Dataset(70_000, 128),  # it is always generated
 }
 DATASETS = {}  # your own: a name, and a function that returns Scenes of "train" or "eval"
 
@@ -123,7 +122,7 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     if masks and name in FILES:
         raise InputError(f"--masks is for a folder of pictures, not for {name}")
     root = Path(root)
-    dataset = FILES.get(name, Dataset(None, None, None, np.inf, 128))
+    dataset = FILES.get(name, Dataset(np.inf, 128))
     resolution = resolution or dataset.resolution
     if name not in FILES:
         path = Path(name).resolve()
@@ -228,10 +227,9 @@ def folder_arrays(folder, root, resolution, masks):
     sources = [*files]
     if masks:
         sources += map(mask_of, files)
-    missing = [path for path in sources if not path.exists()]
+    missing = [str(path) for path in sources if not path.exists()]
     if missing:
-        names = "; ".join(map(str, missing[:20]))
-        raise InputError(f"{len(missing)} masks are missing: {names}")
+        raise InputError(f"{len(missing)} masks are missing: {'; '.join(missing[:20])}")
     arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks(), len(files))
     if masks and not arrays["objects"].any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
@@ -286,9 +284,9 @@ CLEVR_TARGETS = {  # the order in the targets of set prediction, from TensorFlow
     "shape": "cube sphere cylinder".split(),
     "color": "gray blue brown yellow red green purple cyan".split(),
 }
-CLEVR_CROP = {  # the central square (top, bottom, left, right) by the picture's height and width
-    (240, 320): (29, 221, 64, 256),  # the paper's
-    (320, 480): (24, 312, 96, 384),  # the same part of the picture in CLEVR_v1.0
+CLEVR_CROP = {  # the central square, rows and columns, by the picture's height and width
+    (240, 320): np.s_[29:221, 64:256],  # the paper's
+    (320, 480): np.s_[24:312, 96:384],  # the same part of the picture in CLEVR_v1.0
 }
 
 
@@ -298,14 +296,14 @@ def clevr_target(scene):
     A row is: (3d_coords + 3) / 6, one-hot size, material, shape and colour, 1 for a real object.
     Rows of zeros follow. Raises ValueError or IndexError if these are not a CLEVR scene's factors.
     """
-    entities = np.flatnonzero(scene["size"])  # neither background nor padding
-    columns = [(scene[axis][entities] + 3) / 6 for axis in "xyz"]
+    columns = [(scene[axis] + 3) / 6 for axis in "xyz"]
     for key, names in CLEVR_TARGETS.items():
-        words = np.array(CLEVR_CODES[key])[scene[key][entities]]
+        words = np.array(CLEVR_CODES[key])[scene[key]]
         columns += [words == name for name in names]
-    columns.append(np.ones(len(entities)))
+    real = scene["size"] > 0  # neither background nor padding
+    rows = np.transpose([*columns, real])[real]
     target = np.zeros((10, 19), np.float32)
-    target[:len(entities)] = np.transpose(columns)  # ValueError for more than 10
+    target[:len(rows)] = rows  # ValueError for more than 10
     if not (abs(target[:, :3]) < 10).all():  # also for NaN
         raise ValueError("its coordinates are not CLEVR's")
     return target
@@ -324,8 +322,7 @@ def clevr_v1_scenes(folder, resolution, crop):
                 objects = scene["objects"]
                 factors = {key: np.array([names.index(o[key]) for o in objects])
                            for key, names in CLEVR_CODES.items()}
-                coords = np.transpose([o["3d_coords"] for o in objects])
-                factors.update(zip("xyz", coords))
+                factors.update(zip("xyz", np.transpose([o["3d_coords"] for o in objects])))
                 jobs.append((path, clevr_target(factors)))
 
     def read(job):
@@ -345,8 +342,7 @@ def cropped(picture, crop):
     size = picture.shape[:2]
     if size not in CLEVR_CROP:
         raise ValueError(f"{size[0]} x {size[1]} pixels are not CLEVR's, whose crop is known")
-    top, bottom, left, right = CLEVR_CROP[(240, 320) if crop == "official" else size]
-    return picture[top:bottom, left:right]
+    return picture[CLEVR_CROP[(240, 320) if crop == "official" else size]]
 
 
 def resize(picture, resolution):
@@ -359,8 +355,8 @@ def resize(picture, resolution):
 def resize_nearest(labels, resolution):
     """Resizes [H, W, ...] to the nearest pixels."""
     centers = 2 * np.arange(resolution) + 1  # of the new pixels, in half pixels
-    rows, cols = (centers * size // (2 * resolution) for size in labels.shape[:2])
-    return labels[rows[:, None], cols]
+    nearest = [centers * size // (2 * resolution) for size in labels.shape[:2]]
+    return labels[np.ix_(*nearest)]
 
 
 # --- TensorFlow's file formats, without TensorFlow ----------------------------------------------
@@ -393,10 +389,9 @@ def read_tfrecords(path, name, limit=None):
     factors as stored, [E] or [E, 3], float32 or uint8. Raises InputError if the file is damaged, or
     another one.
     """
-    for record in read_records(path, limit):
-        with reading(path):
-            scene = decode_scene(record, FILES[name].masks)
-        yield scene
+    with reading(path):
+        for record in read_records(path, limit):
+            yield decode_scene(record, FILES[name].masks)
 
 
 def read_records(path, limit):
@@ -440,18 +435,18 @@ def decode_scene(record, shape):
 def parse_example(record):
     """Returns {feature: flat array, uint8 or float32} of a serialised tf.train.Example."""
     scene = {}
-    features = dict(protobuf(memoryview(record)))[1]
+    features = message(memoryview(record))[1]
     for _, entry in protobuf(features):
-        entry = dict(protobuf(entry))
+        entry = message(entry)
         name = bytes(entry[1]).decode()
-        feature = dict(protobuf(entry[2]))
+        feature = message(entry[2])
         if 1 in feature:  # a BytesList of single bytes, each a message: field 1, length 1, the byte
             field, length, byte = np.frombuffer(feature[1], np.uint8).reshape(-1, 3).T
             if np.any((field != 10) | (length != 1)):
                 raise ValueError("its byte strings are not single bytes")
             scene[name] = byte
         else:
-            floats = dict(protobuf(feature[2]))[1]
+            floats = message(feature[2])[1]
             scene[name] = np.frombuffer(floats, "<f4")
     return scene
 
@@ -474,10 +469,10 @@ def read_tf_checkpoint(prefix):
             _, footer = varint(footer)
         for _, place in table_block(index, footer):
             for key, value in table_block(index, place):
-                entry = dict(protobuf(value))
+                entry = message(value)
                 if not key or entry.get(1) != 1:  # the header, or not float32
                     continue
-                shape = [dict(protobuf(dim)).get(1, 0) for _, dim in protobuf(entry[2])]
+                shape = [message(dim).get(1, 0) for _, dim in protobuf(entry[2])]
                 offset = entry.get(4, 0)
                 array = checked(data[offset:offset + entry[5]], entry[6])
                 arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
@@ -501,6 +496,11 @@ def table_block(table, place):
         block = block[unshared:]
         yield key.decode(), block[:length]
         block = block[length:]
+
+
+def message(buffer):
+    """Returns {field: value} of a protobuf message without repeated fields, see protobuf."""
+    return dict(protobuf(buffer))
 
 
 def protobuf(buffer):
@@ -798,9 +798,7 @@ TETROMINO_PICTURES = [
         [[cell == "#" for cell in line] for line in piece.split("/")],
         TETROMINO_TILE)
     for piece in TETROMINOES]
-# Of the 100 pixels of each piece, row by row: row and column [19, 2, 100], brightness [19, 100].
-TETROMINO_PIXELS = np.array([picture.nonzero() for picture in TETROMINO_PICTURES])
-TETROMINO_LIGHT = np.array([picture[picture > 0] for picture in TETROMINO_PICTURES])
+TETROMINO_SIZES = np.array([picture.shape for picture in TETROMINO_PICTURES])   # [19, 2]
 TETROMINO_COLORS = np.loadtxt("""
     1 0 0
     0 1 0
@@ -819,41 +817,26 @@ def make_tetrominoes(count, seed):
     label [n, 35, 35] uint8, 0 = background, 1 to 3; objects [n], the number of pieces.
     """
     rng = np.random.default_rng(seed)
-    piece = np.empty((count, 3), int)
-    corner = np.empty((count, 3, 2), int)
+    light = np.zeros((count, 3, 35, 35), np.uint8)  # of each piece alone
     todo = np.arange(count)
     while len(todo):  # all three pieces anew until none overlap: each allowed scene is as likely
-        piece[todo] = rng.choice(19, (len(todo), 3))
-        corner[todo] = rng.integers(35 - TETROMINO_PIXELS[piece[todo]].max(3))
-        covered = draw_tetrominoes(piece[todo], corner[todo], 1)
+        piece = rng.choice(19, (len(todo), 3))
+        corner = rng.integers(36 - TETROMINO_SIZES[piece])                      # [t, 3, 2]
+        light[todo] = 0
+        for i, k in np.ndindex(piece.shape):
+            picture = TETROMINO_PICTURES[piece[i, k]]
+            height, width = picture.shape
+            top, left = corner[i, k]
+            light[todo[i], k, top:top + height, left:left + width] = picture
+        covered = light[todo].any(1)
         todo = todo[covered.sum((1, 2)) < 300]  # fewer than the pixels of three pieces
-    label = draw_tetrominoes(piece, corner, [[1], [2], [3]])
-    light = draw_tetrominoes(piece, corner, TETROMINO_LIGHT[piece])
     color = rng.choice(TETROMINO_COLORS, (count, 3))
-    palette = np.insert(color, 0, 0, 1)                                         # [n, 4, 3]
+    image = np.einsum("nkhw,nkc->nchw", light, color)  # a sum over the pieces, as none overlap
     return {
-        "image": light[..., None] * paint(palette, label),
-        "label": label,
+        "image": image.transpose(0, 2, 3, 1),
+        "label": np.einsum("nkhw,k->nhw", light > 0, np.uint8([1, 2, 3])),
         "objects": np.full(count, 3),
     }
-
-
-def draw_tetrominoes(piece, corner, values):
-    """Returns pictures [n, 35, 35] uint8 of pieces [n, 3] at corners [n, 3, 2], on zeros.
-
-    values: of the pixels of each piece, as in TETROMINO_LIGHT, broadcast to [n, 3, 100].
-    """
-    pixels = corner[..., None] + TETROMINO_PIXELS[piece]                        # [n, 3, 2, 100]
-    rows, cols = np.moveaxis(pixels, 2, 0)
-    scene = np.arange(len(piece))[:, None, None]
-    picture = np.zeros((len(piece), 35, 35), np.uint8)
-    picture[scene, rows, cols] = values
-    return picture
-
-
-def paint(palette, label):
-    """Returns pictures [n, H, W, 3] of labels [n, H, W], each in its scene's palette [n, E, 3]."""
-    return palette[np.arange(len(label))[:, None, None], label]
 
 
 def make_multi_dsprites(count, seed):
@@ -873,25 +856,27 @@ def make_multi_dsprites(count, seed):
     color = rng.random((*size, 3))  # real scenes have dark and pale sprites, too
     grey = rng.random((count, 1))
     palette = np.insert(color, 0, grey, 1)                                      # [n, 6, 3]
+    palette = np.uint8((palette * 255).round())
 
     # The picture is a part of the complex plane, x + 1j * y.
     center = 16 + col + 1j * (16 + row)
     turn = np.exp(-1j * orientation) / (12 * scale)
     pixels = np.arange(64)[:, None]
     plane = pixels + 1j * pixels[:, None]                                       # [64, 64, 1]
-    label = np.empty((count, 64, 64), np.uint8)
+    label = np.zeros((count, 64, 64), np.uint8)
     for i in range(count):
         on_sprite = (plane - center[i]) * turn[i]                               # [64, 64, 5]
-        u = on_sprite.real
-        v = on_sprite.imag
-        square = np.maximum(abs(u), abs(v)) < 0.8
-        ellipse = u ** 2 + (v / 0.6) ** 2 < 1
-        heart = u ** 2 + (0.1 - 1.2 * v - 0.75 * abs(u) ** 0.5) ** 2 < 0.9
-        inside = np.choose(shape[i], [square, ellipse, heart])
-        inside[..., objects[i]:] = False
-        label[i] = (inside * np.arange(1, 6)).max(2)  # the later over the earlier
+        for k in range(objects[i]):
+            u = on_sprite.real[..., k]
+            v = on_sprite.imag[..., k]
+            inside = [
+                np.maximum(abs(u), abs(v)) < 0.8,                               # square
+                u ** 2 + (v / 0.6) ** 2 < 1,                                    # ellipse
+                u ** 2 + (0.1 - 1.2 * v - 0.75 * abs(u) ** 0.5) ** 2 < 0.9,     # heart
+            ]
+            label[i, inside[shape[i, k]]] = k + 1  # the later over the earlier
     return {
-        "image": paint(np.uint8((palette * 255).round()), label),
+        "image": palette[np.arange(count)[:, None, None], label],
         "label": label,
         "objects": objects,
     }
@@ -920,7 +905,7 @@ CLEVR_SOLIDS = np.loadtxt("""
 # The mean camera, aimed at the origin, and its focal length (pixels of the 480 x 320 frame) fit the
 # pixel_coords of CLEVR_v1.0; the power of key, fill and back lamp and the ambient light fit bare
 # ground there.
-CLEVR_FRAME = (0, 320, 0, 480)  # top, bottom, left, right
+CLEVR_FRAME = np.s_[0:320, 0:480]
 CLEVR_CAMERA = np.array([7.481, -6.508, 5.344])
 CLEVR_FOCAL = 525
 CLEVR_LAMPS, CLEVR_POWER = np.hsplit(np.loadtxt("""
@@ -970,8 +955,7 @@ def draw_clevr_scene(rng, number):
     """
     camera = CLEVR_CAMERA + rng.uniform(-0.5, 0.5, 3)
     lamps = CLEVR_LAMPS + rng.uniform(-1, 1, (3, 3))
-    x, y, _ = camera_axes(camera)[0]
-    aside_and_ahead = [[x, -y], [y, x]]
+    x, y, _ = camera_axes(camera)[0]  # to the right
     factors = {
         key: rng.integers(1, len(names), number, np.uint8)
         for key, names in CLEVR_CODES.items()
@@ -982,7 +966,7 @@ def draw_clevr_scene(rng, number):
         trials = rng.uniform(-3, 3, (50, 2))
         step = trials[:, None] - place[:i]                                      # [50, i, 2]
         apart = np.linalg.norm(step, axis=2) - size[:i] - size[i] > 0.25        # [50, i]
-        apart &= abs(step @ aside_and_ahead).min(2) > 0.4
+        apart &= abs(step @ [[x, -y], [y, x]]).min(2) > 0.4  # aside and ahead
         fitting = trials[apart.all(1)]
         if not len(fitting):
             return draw_clevr_scene(rng, number)
@@ -1018,12 +1002,12 @@ def project(points):
     return view[..., :2] / view[..., 2:] * CLEVR_FOCAL + (240, 160)
 
 
-def pixel_centers(window, rows, columns):
-    """Returns row and column [R, 2] of the centers of rows x columns pixels of a window."""
-    top, bottom, left, right = window
-    y = top + torch.arange(0.5, rows) * (bottom - top) / rows
-    x = left + torch.arange(0.5, columns) * (right - left) / columns
-    return torch.cartesian_prod(y, x)
+def pixel_centers(window, *counts):
+    """Returns row and column [R, 2] of the centers of so many rows and columns in a window."""
+    axes = [
+        part.start + torch.arange(0.5, count) * (part.stop - part.start) / count
+        for part, count in zip(window, counts)]
+    return torch.cartesian_prod(*axes)
 
 
 def dot(a, b):
@@ -1106,8 +1090,8 @@ class ClevrScene:
     def shade(self, origin, direction, mirrors=True):
         """Returns what rays see: linear colour [R, 3], entity [R]. mirrors=False: no metal."""
         before, _ = self.intersect(origin, direction)
-        descent = -direction[:, 2]
-        before[:, 0] = origin[:, 2] / descent.clamp(0.001)  # the sky is far ground
+        descent = -direction[:, 2:]
+        before[:, :1] = origin[:, 2:] / descent.clamp(0.001)  # the sky is far ground
         distance, entity = before.min(1)
         position = origin + distance[:, None] * direction
         # The normal of |ball * point| ** 16 + sum((box * point) ** 16) = 1: edges look round.
@@ -1119,7 +1103,7 @@ class ClevrScene:
         mirrored = direction - 2 * dot(direction, normal) * normal
         sky = (descent.clamp(max=0) / 0.07).exp()  # it darkens from the horizon up
         sky[entity > 0] = 1
-        light = CLEVR_AMBIENT * sky[:, None]
+        light = CLEVR_AMBIENT * sky
         gloss = 0
         for lamp, power in zip(self.lamps, self.power):
             to_lamp = lamp - position
@@ -1130,8 +1114,7 @@ class ClevrScene:
             shadow = 2 * inside.amax(1, keepdim=True)
             aim = F.normalize(lamp, dim=0)  # at the origin
             beam = power * (1 - shadow).clamp(0) * dot(to_lamp, aim).clamp(0)
-            diffuse = beam * dot(to_lamp, normal).clamp(0)
-            light = light + diffuse / length ** 2
+            light = light + beam * dot(to_lamp, normal).clamp(0) / length ** 2
             gloss += beam * dot(to_lamp, mirrored).clamp(0) ** 100
         if mirrors:
             metal = self.metal[entity]
@@ -1153,8 +1136,7 @@ class ClevrScene:
         offset = torch.tensor([[0, -1], [1, 0], [-1, 1]])
         pixel = pixel[edge.flatten(), None] + size * offset / 3                 # [r, 3, 2]
         color, _ = self.shade(*self.camera_rays(pixel.flatten(0, 1)))           # [3 * r, 3]
-        color = color.clamp(max=1).view(-1, 3, 3).mean(1)
-        picture[edge] = color ** (1 / 2.2)
+        picture[edge] = color.clamp(max=1).view(-1, 3, 3).mean(1) ** (1 / 2.2)
         image = (255 * picture).round().byte()
         label = entity.byte().view(resolution, resolution)
         return image.numpy(), label.numpy()
