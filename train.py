@@ -14,7 +14,6 @@ has the others, and a run begins by printing where its own differ.
 """
 
 import argparse
-import contextlib
 import ctypes
 import functools
 import inspect
@@ -26,7 +25,8 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -38,14 +38,13 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 import visualize
+from data import RANK, InputError, say
 from slot_attention import (MODELS, WeightsError, adjusted_rand_index, average_precision_clevr,
                             hungarian_huber_loss, load_weights)
 
-RANK = data.RANK
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 SAVE_EVERY = 600  # seconds of training, at the next line of the log
-SEED_STRIDE = 1_000_003  # more than the usual numbers of steps: no two seeds share their noise
 
 # --- The recipes --------------------------------------------------------------------------------
 
@@ -115,17 +114,16 @@ DSPRITES = dict(
     resolution=64, num_slots=6, encoder_channels=32, encoder_dim=32, decoder_channels=32,
     decoder_strides=(1, 1, 1), train_count=60_000)
 SMALL = dict(
-    implicit=True, num_iterations=8, train_iterations=5, encoder_channels=32,
-    encoder_strides=(1, 2, 1), muon="encoder", lr=1e-3, warmup=100, clip=1.0, slot_loss=0.3,
-    batch_size=32, train_count=10_000, eval_every=500)
+    implicit=True, encoder_channels=32, encoder_strides=(1, 2, 1), muon="encoder", lr=1e-3,
+    warmup=100, clip=1.0, batch_size=32, train_count=10_000, eval_every=500)
 SMALL_64 = dict(
-    SMALL, resolution=64, query_scale=3.0, decoder_channels=32, decoder_strides=(1, 1),
-    pixel_shuffle=4, steps=6_000)
+    SMALL, resolution=64, num_iterations=8, train_iterations=5, query_scale=3.0, slot_loss=0.3,
+    decoder_channels=32, decoder_strides=(1, 1), pixel_shuffle=4, steps=6_000)
 SMALL_DSPRITES = dict(
     SMALL_64, num_slots=6, muon="all", decoder_channels=64, decoder_kernel=3, train_count=40_000)
 SMALL_SET_PREDICTION = dict(
     SMALL, num_slots=10, crop="none", max_objects=10, learned_queries=True, num_iterations=4,
-    train_iterations=0, slot_loss=0.0, encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
+    encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
 RECIPES = {  # NAME[-set_prediction][-small]: what differs from Config; folder: of any pictures
     "clevr": {},
     "clevr-small": SMALL_64,
@@ -137,8 +135,8 @@ RECIPES = {  # NAME[-set_prediction][-small]: what differs from Config; folder: 
     "multi_dsprites_on_colored-small": dict(SMALL_DSPRITES, num_slots=5),
     "tetrominoes": dict(DSPRITES, resolution=35, num_slots=4),
     "tetrominoes-small": dict(
-        SMALL, resolution=35, num_slots=4, muon="all", lr=1.6e-3, slot_loss=0.5, num_iterations=10,
-        decoder_channels=64, decoder_kernel=3, decoder_strides=(1, 1, 1), pixel_shuffle=3,
+        SMALL, resolution=35, num_slots=4, num_iterations=10, train_iterations=5, muon="all",
+        lr=1.6e-3, slot_loss=0.5, decoder_kernel=3, decoder_strides=(1, 1, 1), pixel_shuffle=3,
         train_count=40_000, eval_count=512, steps=3_000),
     "clevr-set_prediction": SET_PREDICTION,
     "clevr-set_prediction-small": SMALL_SET_PREDICTION,
@@ -159,26 +157,35 @@ def train(config, out, checkpoint=None):
     """
     autocast = set_up(config)
     torch.manual_seed(config.seed)  # the same weights in every process
-    model = build_model(config, checkpoint)
+    model = build_model(config)
     compiled = torch.compile(model, dynamic=False) if config.compile else model
-    optimizers = build_optimizers(config, model, checkpoint)
+    if config.muon == "none":
+        optimizers = [torch.optim.Adam(model.parameters(), fused=True)]
+    else:  # not in the paper
+        optimizers = muon_and_adam(model, config.muon)
+    start = 0
+    seconds = 0.0
+    if checkpoint:
+        load_weights(model, checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        start = checkpoint["step"]
+        seconds = checkpoint["seconds"]
     train_set = load_scenes(config, "train")
     eval_set = load_scenes(config, "eval")
     if config.device == "cpu":
         keep_freed_memory()
-    start = checkpoint["step"] if checkpoint else 0
-    seconds = checkpoint["seconds"] if checkpoint else 0.0
     source = train_set.source
     if checkpoint and checkpoint["source"] != source:
-        raise data.InputError(f"{out} is trained on {checkpoint['source']}, not on {source}: "
-                              "restore that, or choose its --data-root")
+        raise InputError(f"{out} is trained on {checkpoint['source']}, not on {source}: "
+                         "restore that, or choose its --data-root")
     log = open_log(out, start)
     if not checkpoint:
         save(out, config, model, optimizers, start, seconds, source)
-    changed = {key: value for key, value in asdict(config).items() if value != getattr(Config, key)}
-    data.say(f"{out}, settings other than the paper's for CLEVR6: {changed or 'none'}")
-    data.say(f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out; {start:,} of "
-             f"{config.steps:,} steps done")
+    changed = {key: value for key, value in vars(config).items() if value != getattr(Config, key)}
+    say(f"{out}, settings other than the paper's for CLEVR6: {changed or 'none'}")
+    say(f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out; {start:,} of "
+        f"{config.steps:,} steps done")
 
     stop = catch_signals()
     logged = start
@@ -223,9 +230,8 @@ def train(config, out, checkpoint=None):
             mean_loss = total.item() / steps
             duration = time.perf_counter() - clock
             seconds += duration
-            rate = steps * config.batch_size / duration
             row = {"step": step, "loss": mean_loss, "seconds": round(seconds, 1),
-                   "images_per_s": round(rate, 1)}
+                   "images_per_s": round(steps * config.batch_size / duration, 1)}
             if config.device == "cuda":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 1)
                 torch.cuda.reset_peak_memory_stats()  # else cuDNN's first trials would stay in it
@@ -240,7 +246,7 @@ def train(config, out, checkpoint=None):
             logged = step
             clock = time.perf_counter()
         if stopping:
-            data.say(f"stopped and saved; to continue, call it with --resume {out}")
+            say(f"stopped and saved; to continue, call it with --resume {out}")
             number = stop[0] if stop else signal.SIGTERM  # another process got the signal
             sys.exit(128 + number)
 
@@ -253,9 +259,8 @@ def micro_batches(step, config, scenes):
     """
     epoch, position = divmod(step, len(scenes) // config.batch_size)  # only whole batches
     indices = epoch_batches(config.seed, epoch, len(scenes), config.batch_size)[position]
-    generator = torch.Generator().manual_seed(SEED_STRIDE * config.seed + step)
-    shape = config.batch_size, config.num_slots, config.slot_dim
-    noises = torch.randn(shape, generator=generator)
+    noises = torch.randn(config.batch_size, config.num_slots, config.slot_dim,
+                         generator=seeded(config.seed, step))
     mine = torch.arange(config.batch_size).chunk(WORLD_SIZE)[RANK]
     for rows in mine.chunk(config.accumulate):
         batch = scenes.batch(indices[rows], config.device, ("image", "target"))
@@ -266,8 +271,12 @@ def micro_batches(step, config, scenes):
 @functools.lru_cache(maxsize=1)
 def epoch_batches(seed, epoch, count, batch_size):
     """Returns the batches of an epoch: indices of the training scenes, in a random order."""
-    generator = torch.Generator().manual_seed(SEED_STRIDE * seed + epoch)
-    return torch.randperm(count, generator=generator).split(batch_size)
+    return torch.randperm(count, generator=seeded(seed, epoch)).split(batch_size)
+
+
+def seeded(seed, number):
+    """Returns a generator for a step, or an epoch. For a million steps, no two seeds share one."""
+    return torch.Generator().manual_seed(1_000_003 * seed + number)
 
 
 def sum_over_processes(tensor):
@@ -294,8 +303,7 @@ def evaluate(model, config, scenes, autocast, num_iterations=None):
 
     For set prediction, the average precision within each distance: "ap_inf", "ap_1" ...
     """
-    shape = len(scenes), config.num_slots, config.slot_dim
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(len(scenes), config.num_slots, config.slot_dim, generator=seeded(0, 0))
     model.eval()
     eval_loss = 0.0
     fg_ari = []
@@ -340,9 +348,10 @@ def print_evaluation(config, checkpoint):
     scenes = load_scenes(config, "eval")
     # Whatever --num-slots says, the model has as many learned means as in training.
     trained = replace(config, num_slots=checkpoint["arguments"]["num_slots"])
-    model = build_model(trained, checkpoint)
+    model = build_model(trained)
+    load_weights(model, checkpoint["model"])
     if scenes.source != checkpoint.get("source", scenes.source):
-        data.say(f"trained on {checkpoint['source']}: some of these scenes may have been in it")
+        say(f"trained on {checkpoint['source']}: some of these scenes may have been in it")
     print(f"{len(scenes):,} held-out scenes of {scenes.source}, {config.num_slots} slots")
     for iterations in range(1, max(8, config.num_iterations) + 1):
         result = evaluate(model, config, scenes, autocast, iterations)
@@ -358,12 +367,12 @@ def load_scenes(config, split):
     scenes = data.load(config.data, split, config.data_root, count, config.resolution, config.crop,
                        config.min_objects, config.max_objects, config.masks)
     if split == "train" and len(scenes) < config.batch_size:
-        raise data.InputError(f"{len(scenes)} scenes for training are fewer than --batch-size "
-                              f"{config.batch_size}: add some, or choose a smaller one")
+        raise InputError(f"{len(scenes)} scenes for training are fewer than --batch-size "
+                         f"{config.batch_size}: add some, or choose a smaller one")
     height, width = scenes.arrays["image"].shape[1:3]
     if not height == width == config.resolution:
-        raise data.InputError(f"{config.data} has images of {height} x {width} pixels, not of "
-                              f"--resolution {config.resolution}")
+        raise InputError(f"{config.data} has images of {height} x {width} pixels, not of "
+                         f"--resolution {config.resolution}")
     return scenes
 
 
@@ -394,10 +403,10 @@ def set_up(config):
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if fast else "float32"
-    data.say(f"on {WORLD_SIZE} x {config.device}, {dtype}, threads: {torch.get_num_threads()} "
-             "(--threads)")
+    say(f"on {WORLD_SIZE} x {config.device}, {dtype}, threads: {torch.get_num_threads()} "
+        "(--threads)")
     if config.device != DEVICES[0]:
-        data.say("there is a GPU, too: to use it, --device cuda")
+        say("there is a GPU, too: to use it, --device cuda")
     return torch.autocast(config.device, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -421,18 +430,16 @@ def idle_cores():
 
 def keep_freed_memory():
     """Makes glibc keep large tensors' memory for the next: clearing pages is 1/8 of a step."""
-    with contextlib.suppress(OSError):  # another libc, or not Linux
+    with suppress(OSError):  # another libc, or not Linux
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)   # M_MMAP_MAX: take everything from the heap,
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and never give it back
 
 
-def build_model(config, checkpoint=None):
-    """Returns the config's model, with a checkpoint's weights if given. Raises WeightsError."""
+def build_model(config):
+    """Returns the config's model, on its device, with initial weights."""
     model = MODELS[config.task](**model_arguments(config))
     model.slot_attention.project_q.weight.data *= config.query_scale
-    if checkpoint:
-        load_weights(model, checkpoint["model"])
     return model.to(config.device, memory_format=torch.channels_last)  # the faster layout
 
 
@@ -442,24 +449,12 @@ def model_arguments(config):
     return {name: getattr(config, name) for name in names}
 
 
-def build_optimizers(config, model, checkpoint=None):
-    """Returns the optimizers, in the state of a checkpoint if given."""
-    if config.muon == "none":
-        optimizers = [torch.optim.Adam(model.parameters(), fused=True)]
-    else:
-        optimizers = muon_and_adam(model, config.muon)
-    if checkpoint:
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-    return optimizers
-
-
 def save(out, config, model, optimizers, step, seconds, source):
     """Writes the checkpoint. If it has NaN, raises InputError and keeps the one before."""
-    content = {"task": config.task, "arguments": model_arguments(config), "config": asdict(config),
+    content = {"task": config.task, "arguments": model_arguments(config), "config": vars(config),
                "model": model.state_dict(), "step": step, "seconds": seconds, "source": source,
                "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    check_finite(content, step)
+    check_finite(content)
     if RANK == 0:
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -467,12 +462,12 @@ def save(out, config, model, optimizers, step, seconds, source):
             file.write(buffer.getbuffer())
 
 
-def check_finite(content, step):
+def check_finite(content):
     """Raises InputError if a float, or a tensor, in dicts and lists has NaN or infinite values."""
     for value in tree_leaves(content):
         if isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all():
-            raise data.InputError(f"NaN or infinite values by step {step}: not saved. To go on "
-                                  "from before: --resume with a smaller --lr, or with --clip 1")
+            raise InputError(f"NaN or infinite values by step {content['step']}: not saved. To go "
+                             "on from before: --resume with a smaller --lr, or with --clip 1")
 
 
 def open_log(out, step):
@@ -484,8 +479,8 @@ def open_log(out, step):
         out.mkdir(parents=True, exist_ok=True)
         log = open(path, "ab+")
         if not data.lock(log):
-            raise data.InputError(f"another process is training into {out}/: wait for it, or "
-                                  "choose another --out")
+            raise InputError(f"another process is training into {out}/: wait for it, or "
+                             "choose another --out")
         log.seek(0)
         size = sum(len(line) for line in log
                    if line.endswith(b"\n") and json.loads(line)["step"] <= step)
@@ -498,16 +493,16 @@ def write_row(log, row, config, renew):
 
     Raises InputError if a value is not finite, or the disk is full.
     """
-    check_finite(row, row["step"])
+    check_finite(row)
     try:
         log.write(json.dumps(row).encode() + b"\n")
         log.flush()
     except OSError as error:
-        raise data.InputError(f"cannot write {log.name}: {error.strerror}") from error
+        raise InputError(f"cannot write {log.name}: {error.strerror}") from error
     left = data.duration(row["seconds"] / row["step"] * (config.steps - row["step"]))
     values = "  ".join(f"{key} {value:.4g}" for key, value in row.items()
                        if key not in ("step", "seconds", "peak_gib"))  # in 80 columns
-    data.say(f"step {row['step']:,} of {config.steps:,}, {left} left  {values}", renew)
+    say(f"step {row['step']:,} of {config.steps:,}, {left} left  {values}", renew)
 
 
 def catch_signals():
@@ -519,7 +514,7 @@ def catch_signals():
         if WORLD_SIZE == 1:  # torchrun sends each signal again, and kills by itself
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_DFL)
-            with contextlib.suppress(OSError):  # a closed terminal; print may be busy just now
+            with suppress(OSError):  # a closed terminal; print may be busy just now
                 os.write(2, b"\nsaving after this step or evaluation (again: stop unsaved)\n")
 
     for number in SIGNALS:
@@ -627,9 +622,8 @@ def parse(argv=None):
             how = {"action": argparse.BooleanOptionalAction}
         elif field.type is tuple:
             how = {"type": int, "nargs": "+"}
-        flag = "--" + field.name.replace("_", "-")
-        text = f"{comments.get(field.name)} [CLEVR6: {field.default}]"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS,
+                            help=f"{comments.get(field.name)} [CLEVR6: {field.default}]", **how)
     args = parser.parse_args(argv)
     typed = {key: value for key, value in vars(args).items() if hasattr(Config, key)}
 
@@ -637,7 +631,7 @@ def parse(argv=None):
     run = args.resume or args.eval
     if run:
         if args.small:
-            parser.error(f"--small is for new runs: {run} has its recipe")
+            raise InputError(f"--small is for new runs: {run} has its recipe")
         checkpoint = visualize.read_run(run)
         args.out = run
         values = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
@@ -645,21 +639,22 @@ def parse(argv=None):
             values.update(device=DEVICES[0], threads=0)
         unknown = [key for key in values if not hasattr(Config, key)]
         if unknown:
-            parser.error(f"{run} is of another version of this code: it has {unknown}")
+            raise InputError(f"{run} is of another version of this code: it has {unknown}")
         if "steps" not in values:  # a mere file of weights
             if args.resume:
-                parser.error(f"{run} is a file of weights: --resume continues the folder of a run")
+                raise InputError(f"{run} is a file of weights: --resume continues a run's folder")
             if "data" not in typed and values["data"] not in data.FILES:
-                parser.error(f"{run} comes without its dataset: give one with --data")
+                raise InputError(f"{run} comes without its dataset: give one with --data")
         if args.resume and "muon" in typed:
-            parser.error("--resume continues a run with its optimizer, so without --muon")
+            raise InputError("--resume continues a run with its optimizer, so without --muon")
     else:
         name, values = find_recipe(typed, args.small)
         args.out = args.out or Path("runs", name)
         if RANK == 0 and os.path.exists(args.out / "checkpoint.pt"):
-            parser.error(f"{args.out}/ holds a run: --resume or delete it, or choose another --out")
-    config = Config(**{**values, **typed})
-    check(config, parser)
+            raise InputError(f"{args.out}/ holds a run: --resume or delete it, or choose another "
+                             "--out")
+    config = Config(**(values | typed))
+    check(config)
     return args, config, checkpoint
 
 
@@ -673,28 +668,30 @@ def find_recipe(typed, small):
         suffix += "-small"
     recipe = RECIPES.get(name + suffix, RECIPES.get("folder" + suffix))
     if recipe is None:
-        raise data.InputError(f"there is no recipe {name}{suffix}: --task set_prediction is for "
-                              "--data clevr and clevr_like, or needs a recipe of this name")
+        raise InputError(f"there is no recipe {name}{suffix}: --task set_prediction is for "
+                         "--data clevr and clevr_like, or needs a recipe of this name")
     run = Path(name).resolve().name + suffix if "data" in typed else "demo"
     return run, {"data": name, **recipe}
 
 
-def check(config, parser):
-    """Ends the program if a value of the config is out of range."""
+def check(config):
+    """Raises InputError if a value of the config is out of range."""
     for field in fields(Config):
         if field.type in (int, float, tuple):
             least = np.min(getattr(config, field.name))
             may_be_0 = field.default == 0
             if not (least > 0 or may_be_0 and least == 0):
                 wanted = "0 or more" if may_be_0 else "more than 0"
-                parser.error(f"--{field.name.replace('_', '-')} must be {wanted}")
+                raise InputError(f"--{field.name.replace('_', '-')} must be {wanted}")
     if config.device not in DEVICES:
-        parser.error(f"there is no {config.device} here (a CPU build of PyTorch, an old driver, a "
-                     f"container without GPUs?): --device must be one of {DEVICES}")
+        raise InputError(f"there is no {config.device} here (a CPU build of PyTorch, an old "
+                         f"driver, a container without GPUs?): --device must be one of {DEVICES}")
     if config.batch_size % (WORLD_SIZE * config.accumulate):
-        parser.error(f"--batch-size must be a multiple of {WORLD_SIZE} processes x --accumulate")
+        raise InputError("--batch-size must be a multiple of --accumulate times the number of "
+                         f"processes ({WORLD_SIZE})")
     if config.task == "set_prediction" and (config.num_slots > 16 or config.crop != "none"):
-        parser.error("set prediction takes at most 16 --num-slots, and whole images: --crop none")
+        raise InputError("set prediction takes at most 16 --num-slots, and whole images: "
+                         "--crop none")
 
 
 def main(argv=None):
