@@ -45,9 +45,9 @@ class Scenes:
     """One split of a dataset.
 
     images [n, H, W, 3] uint8. labels [n, H, W] uint8: the entity that each pixel belongs to,
-    0 = background, 255 = left out of the score; None if there are no masks. targets [n, 10, 19]
-    float32, see clevr_target. The arrays may be mapped from a file. index: the scenes of the split;
-    all if not given. source: what they are, in words.
+    0 = background, 255 = left out of the score; None if there are no masks. targets [n, ...]: of
+    CLEVR [n, 10, 19] float32, see clevr_target. The arrays may be mapped from a file. index: the
+    scenes of the split; all if not given. source: what they are, in words.
     """
 
     def __init__(self, images, labels=None, targets=None, index=None, source="your own"):
@@ -237,7 +237,7 @@ def folder_arrays(folder, root, resolution, masks):
     few = (arrays["objects"] < 2).sum()
     if masks and few:
         say(f"{few:,} of {len(files):,} pictures have fewer than two entities: their FG-ARI is 0 "
-            "or 1 (--min-objects 2 leaves them out)")
+            "or 1 (--min-objects 2 leaves them out, also of training)")
     return arrays
 
 
@@ -261,13 +261,15 @@ def square(picture, resolution):
 
 def read_mask(path, size):
     """Returns the central square of a mask, [h, h] uint8. size: its picture's (W, H)."""
-    with reading(path), Image.open(path, formats=["PNG"]) as mask:
-        if mask.mode not in ("1", "L", "P"):
-            raise InputError(f"{path}: a mask is a grey or palette PNG of at most 8 bits, not of "
-                             f"mode {mask.mode}")
-        if mask.size != size:
-            raise InputError(f"{path}: the mask has {mask.size} pixels, its picture {size}")
-        return np.array(TF.center_crop(mask, min(size)), np.uint8)
+    with reading(path):
+        Image.open(path, formats=["PNG"]).verify()  # checksums, as above
+        with Image.open(path, formats=["PNG"]) as mask:
+            if mask.mode not in ("1", "L", "P"):
+                raise InputError(f"{path}: a mask is a grey or palette PNG of at most 8 bits, not "
+                                 f"of mode {mask.mode}")
+            if mask.size != size:
+                raise InputError(f"{path}: the mask has {mask.size} pixels, its picture {size}")
+            return np.array(TF.center_crop(mask, min(size)), np.uint8)
 
 
 # --- CLEVR --------------------------------------------------------------------------------------
@@ -564,7 +566,7 @@ def cached(name, root, sources, scenes, total):
     for path in sources:
         with reading(path):
             stat = path.stat()
-        files.append((os.path.relpath(path, sources[0]), stat.st_size, stat.st_mtime_ns))
+            files.append((os.path.relpath(path, sources[0]), stat.st_size, stat.st_mtime_ns))
     key = hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()[:8]
     for folder in (root / "cache", Path("data/cache")):
         path = folder / f"{name}-{key}.zip"
@@ -598,7 +600,7 @@ def write_cache(path, scenes, total):
                 fields = [(key, array.dtype.str, array.shape[1:]) for key, array in block.items()]
                 records = np.rec.fromarrays([*block.values()], fields)  # a scene's side by side
                 stream.write(records.tobytes())
-                renew = len(objects) % 10_000 != 0  # each ten thousand a line that stays
+                renew = len(objects) % 10_000 >= len(records)  # each ten thousand a line stays
                 say(f"{len(objects):,} of about {total:,} scenes", renew)
         if not objects:
             raise InputError(f"there is no scene to build {path} from")

@@ -32,7 +32,7 @@ class SlotAttention(nn.Module):
     inputs_dim: D_in, D if not given. eps: added to the attention before the weighted mean.
     implicit: the slots' gradient goes through the last iteration only (Chang et al., arXiv
         2207.00787), and from there straight to the initial slots (Jia et al., arXiv 2210.08990).
-        A loss on attn[:, t] reaches q and k of iteration t, and the initial slots, only.
+        A loss on attn[:, t] skips the iterations before t, too.
     learned_queries: each slot has a learned mean of its own (Jia et al.); the noise is still added.
     If your code uses autocast, switch it off around this module, as the models below do, with
     torch.autocast(device_type, enabled=False): softmax and mean need float32's precision.

@@ -233,7 +233,6 @@ def test_official_checkpoint_is_read_without_tensorflow():
 
 def random_case():
     """Returns a module, inputs and initial slots or noise of more slots, in float64."""
-    torch.manual_seed(0)
     module = sa.SlotAttention(3, 16, learned_queries=True).double()
     return module, torch.randn(2, 30, 16).double(), torch.randn(2, 5, 16).double()
 
@@ -601,12 +600,17 @@ def test_fg_ari_of_many_entities_and_of_pixels_left_out():
     assert_allclose(score, 1 / 6, rtol=1e-6)
 
 
+def spoil_a_checksum(path):
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:-16] + bytes(4) + content[-12:])  # that of the pixels
+
+
 @parametrize("path, spoil", [
     ("own/a.jpg", lambda path: Image.new("I;16", (10, 6)).save(path, "PNG")),
-    ("own/a.jpg", lambda path: os.truncate(path, 0)),
     ("own/a.jpg", lambda path: os.truncate(path, 300)),
     ("masks/a.png", lambda path: Image.new("L", (9, 6)).save(path)),
     ("masks/a.png", lambda path: Image.new("RGB", (10, 6)).save(path)),
+    ("masks/a.png", spoil_a_checksum),
     ("masks/a.png", os.remove)])
 def test_unfit_pictures_and_masks_are_named(refused, path, spoil):
     other = path.replace("a.", "b.")
@@ -1066,15 +1070,12 @@ def test_figures_of_all_kinds(capsys):
 def test_a_clip_goes_on_from_the_slots_of_the_frame_before():
     """The same frame twice is one frame with twice the iterations."""
     model, _ = visualize.load_run(WEIGHTS)
-    scenes = data.Scenes(data.make_tetrominoes(1, 0)["image"])
-    frames = scenes.batch([0, 0])["image"]
+    frames = data.Scenes(data.make_tetrominoes(1, 0)["image"]).batch([0, 0])["image"]
     torch.manual_seed(0)
-    twice = visualize.clip_rows(model, frames, None, 2)[1]
+    _, cells = visualize.clip_rows(model, frames, None, 2)[1]
     torch.manual_seed(0)
-    once = model(frames[:1], num_iterations=4)
-    pictures = [picture for _, picture, _ in twice[1]]
-    wanted = [picture for _, picture, _ in visualize.mask_cells(frames[0], once)]
-    assert_allclose(pictures, wanted, atol=1e-5)
+    recon = model(frames[:1], num_iterations=4).recon_combined[0]
+    assert_allclose(cells[1][1], visualize.to_rgb(recon), atol=1e-5)
 
 
 # --- Bad input: one line, exit code 2, nothing lost and no code run -----------------------------

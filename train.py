@@ -103,7 +103,7 @@ class Config:
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer; see Decoder
     clip: float = 0.0  # clip the gradient's norm to this; 0: do not clip
-    muon: LAYERS = "none"  # hidden layers it trains (encoder: not the decoder's); lr falls to 0
+    muon: LAYERS = "none"  # hidden layers for Muon (encoder: all but the decoder's); lr falls to 0
     slot_loss: float = 0.0  # final weight of each slot's own loss; it grows from 0
 
 
@@ -201,8 +201,9 @@ def train(config, out, checkpoint=None):
         for batch in micro_batches(step - 1, config, train_set):
             with autocast:
                 slots = model.slot_attention.init_slots(batch["noise"])  # see micro_batches
-                output = compiled(batch["image"], slots, num_iterations=config.train_iterations)
-            # The loss. If you change it, change it in evaluate as well.
+                output = compiled(batch["image"], slots,
+                                  num_iterations=config.train_iterations or None)
+            # The loss. If you change it, change it in evaluate as well (but for the slot loss).
             if config.task == "set_prediction":
                 loss = hungarian_huber_loss(output.predictions, batch["target"])   # section 2.3
             else:
@@ -254,8 +255,8 @@ def train(config, out, checkpoint=None):
 def micro_batches(step, config, scenes):
     """Yields this process's micro-batches of a step, with the slots' initial noise [B, K, D].
 
-    Order and noise depend on seed and step alone. So a resumed run goes on as if it had never
-    stopped, and any number of processes and micro-batches trains as one does.
+    For the same scenes, order and noise depend on seed and step alone. So a resumed run goes on as
+    if it had never stopped, and any number of processes and micro-batches trains as one does.
     """
     epoch, position = divmod(step, len(scenes) // config.batch_size)  # only whole batches
     indices = epoch_batches(config.seed, epoch, len(scenes), config.batch_size)[position]
@@ -275,7 +276,10 @@ def epoch_batches(seed, epoch, count, batch_size):
 
 
 def seeded(seed, number):
-    """Returns a generator for a step, or an epoch. For a million steps, no two seeds share one."""
+    """Returns a generator for a step's noise, or an epoch's order.
+
+    In a million steps, no two seeds share one.
+    """
     return torch.Generator().manual_seed(1_000_003 * seed + number)
 
 
@@ -299,7 +303,7 @@ def learning_rate(step, config):
 
 @torch.no_grad()
 def evaluate(model, config, scenes, autocast, num_iterations=None):
-    """Returns a split's mean loss, "eval_loss", and its mean "fg_ari" if it has masks.
+    """Returns a split's mean loss, "eval_loss" (of the paper), and mean "fg_ari" if it has masks.
 
     For set prediction, the average precision within each distance: "ap_inf", "ap_1" ...
     """
@@ -511,7 +515,7 @@ def catch_signals():
 
     def handle(number, frame):
         stop.append(number)
-        if WORLD_SIZE == 1:  # torchrun sends each signal again, and kills by itself
+        if "RANK" not in os.environ:  # torchrun sends each signal again, and kills by itself
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_DFL)
             with suppress(OSError):  # a closed terminal; print may be busy just now

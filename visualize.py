@@ -252,7 +252,7 @@ def iteration_rows(model, images, K, T):
     masks = []
     steps = [t for t in (1, 2, 3, 5) if t < T]
     for t in [*steps, T]:
-        torch.manual_seed(0)  # the same initial slots
+        torch.manual_seed(0)  # the same initial slots as in (a): the noise is of the whole batch
         output = model(images, num_slots=K, num_iterations=t)
         cells = mask_cells(images[0], output)
         masks.append((f"(c) iteration {t}", cells))
