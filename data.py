@@ -422,7 +422,9 @@ def read_records(path, limit):
 
 
 def decode_scene(record, shape):
-    """Returns the scene of a record as a dict, see read_tfrecords. shape: of its masks as stored.
+    """Returns the scene of a record as a dict, see read_tfrecords.
+
+    shape: that of its masks as stored; the shortest axis is that of the entities.
     """
     scene = parse_example(record)
     mask = np.moveaxis(scene["mask"].reshape(shape), np.argmin(shape), 0) != 0
@@ -600,7 +602,7 @@ def write_cache(path, scenes, total):
                 fields = [(key, array.dtype.str, array.shape[1:]) for key, array in block.items()]
                 records = np.rec.fromarrays([*block.values()], fields)  # a scene's side by side
                 stream.write(records.tobytes())
-                renew = len(objects) % 10_000 >= len(records)  # each ten thousand a line stays
+                renew = len(objects) % 10_000 >= len(records)  # every ten thousand, one stays
                 say(f"{len(objects):,} of about {total:,} scenes", renew)
         if not objects:
             raise InputError(f"there is no scene to build {path} from")

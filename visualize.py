@@ -246,8 +246,7 @@ def scene_rows(label, images, output):
 
 
 def iteration_rows(model, images, K, T):
-    """Returns parts (b) and (c) of Figure 3: scene 1's attention and masks after 1 to T iterations.
-    """
+    """Returns parts (b) and (c) of Figure 3: scene 1, attention and masks by iteration, up to T."""
     attention = []
     masks = []
     steps = [t for t in (1, 2, 3, 5) if t < T]
