@@ -163,13 +163,13 @@ def train(config, out, checkpoint=None):
         optimizers = [torch.optim.Adam(model.parameters(), fused=True)]
     else:  # not in the paper
         optimizers = muon_and_adam(model, config.muon)
-    start = 0
+    step = 0  # steps done
     seconds = 0.0
     if checkpoint:
         load_weights(model, checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
-        start = checkpoint["step"]
+        step = checkpoint["step"]
         seconds = checkpoint["seconds"]
     train_set = load_scenes(config, "train")
     eval_set = load_scenes(config, "eval")
@@ -179,26 +179,25 @@ def train(config, out, checkpoint=None):
     if checkpoint and checkpoint["source"] != source:
         raise InputError(f"{out} is trained on {checkpoint['source']}, not on {source}: "
                          "restore that, or choose its --data-root")
-    log = open_log(out, start)
+    log = open_log(out, step)
     if not checkpoint:
-        save(out, config, model, optimizers, start, seconds, source)
+        save(out, config, model, optimizers, step, seconds, source)
     changed = {key: value for key, value in vars(config).items() if value != getattr(Config, key)}
     say(f"{out}, settings other than the paper's for CLEVR6: {changed or 'none'}")
-    say(f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out; {start:,} of "
+    say(f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out; {step:,} of "
         f"{config.steps:,} steps done")
 
     stop = catch_signals()
-    logged = start
+    start = step
+    logged = step
     saved = seconds
-    total = 0  # of the losses since the last line of the log
-    clock = time.perf_counter()
-    for step in range(start + 1, config.steps + 1):
+    while step < config.steps:
+        if step == logged:  # a line of the log begins
+            total = 0  # of its losses
+            clock = time.perf_counter()
         model.train()
         model.zero_grad()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step - 1, config)
-        for batch in micro_batches(step - 1, config, train_set):
+        for batch in micro_batches(step, config, train_set):
             with autocast:
                 slots = model.slot_attention.init_slots(batch["noise"])  # see micro_batches
                 output = compiled(batch["image"], slots,
@@ -209,7 +208,7 @@ def train(config, out, checkpoint=None):
             else:
                 loss = F.mse_loss(output.recon_combined, batch["image"])           # section 2.2
                 if config.slot_loss:  # not in the paper
-                    progress = (step - 1) / config.steps
+                    progress = step / config.steps
                     loss = add_slot_loss(loss, output, batch["image"], config.slot_loss, progress)
             loss = loss / (config.accumulate * WORLD_SIZE)
             loss.backward()
@@ -220,7 +219,10 @@ def train(config, out, checkpoint=None):
         if config.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
             optimizer.step()
+        step += 1
 
         stopping = torch.tensor(len(stop))  # signals, in any process
         sum_over_processes(stopping)
@@ -243,9 +245,7 @@ def train(config, out, checkpoint=None):
             if saving:
                 save(out, config, model, optimizers, step, seconds, source)
                 saved = seconds
-            total = 0
             logged = step
-            clock = time.perf_counter()
         if stopping:
             say(f"stopped and saved; to continue, call it with --resume {out}")
             number = stop[0] if stop else signal.SIGTERM  # another process got the signal
