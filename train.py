@@ -183,8 +183,8 @@ def train(config, out, checkpoint=None):
     if not checkpoint:
         save(out, config, model, optimizers, step, seconds, source)
     changed = {key: value for key, value in vars(config).items() if value != getattr(Config, key)}
-    say(f"{out}, settings other than the paper's for CLEVR6: {changed or 'none'}")
-    say(f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out; {step:,} of "
+    say(f"{out}, settings other than the paper's for CLEVR6: {changed or 'none'}\n"
+        f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out; {step:,} of "
         f"{config.steps:,} steps done")
 
     stop = catch_signals()
@@ -200,16 +200,15 @@ def train(config, out, checkpoint=None):
         for batch in micro_batches(step, config, train_set):
             with autocast:
                 slots = model.slot_attention.init_slots(batch["noise"])  # see micro_batches
-                output = compiled(batch["image"], slots,
-                                  num_iterations=config.train_iterations or None)
+                output = compiled(batch["image"], slots, num_iterations=config.train_iterations)
             # The loss. If you change it, change it in evaluate as well (but for the slot loss).
             if config.task == "set_prediction":
                 loss = hungarian_huber_loss(output.predictions, batch["target"])   # section 2.3
             else:
                 loss = F.mse_loss(output.recon_combined, batch["image"])           # section 2.2
                 if config.slot_loss:  # not in the paper
-                    progress = step / config.steps
-                    loss = add_slot_loss(loss, output, batch["image"], config.slot_loss, progress)
+                    loss = add_slot_loss(loss, output, batch["image"], config.slot_loss,
+                                         step / config.steps)
             loss = loss / (config.accumulate * WORLD_SIZE)
             loss.backward()
             total += loss.detach()  # read only when it is logged: reading waits for the GPU
@@ -239,7 +238,7 @@ def train(config, out, checkpoint=None):
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 1)
                 torch.cuda.reset_peak_memory_stats()  # else cuDNN's first trials would stay in it
             if at_eval and RANK == 0:
-                row.update(evaluate(model, config, eval_set, autocast))
+                row |= evaluate(model, config, eval_set, autocast)
             saving = at_eval or stopping or seconds - saved > SAVE_EVERY
             write_row(log, row, config, renew=not saving and logged > start)
             if saving:
