@@ -213,8 +213,7 @@ def train(config, out, checkpoint=None):
             loss.backward()
             total += loss.detach()  # read only when it is logged: reading waits for the GPU
         for parameter in model.parameters():
-            if parameter.grad is not None:
-                sum_over_processes(parameter.grad)
+            sum_over_processes(parameter.grad)
         if config.clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         for optimizer in optimizers:
@@ -283,8 +282,8 @@ def seeded(seed, number):
 
 
 def sum_over_processes(tensor):
-    """Sums a tensor over all processes, in place."""
-    if WORLD_SIZE > 1:
+    """Sums a tensor over all processes, in place. None, an unused layer's gradient, stays None."""
+    if WORLD_SIZE > 1 and tensor is not None:
         dist.all_reduce(tensor)
 
 
