@@ -44,7 +44,7 @@ from slot_attention import (MODELS, WeightsError, adjusted_rand_index, average_p
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-SAVE_EVERY = 600  # seconds of training, at the next line of the log
+SAVE_EVERY = 600  # seconds of training: at the first line of the log after each multiple
 
 # --- The recipes --------------------------------------------------------------------------------
 
@@ -190,7 +190,6 @@ def train(config, out, checkpoint=None):
     stop = catch_signals()
     start = step
     logged = step
-    saved = seconds
     while step < config.steps:
         if step == logged:  # a line of the log begins
             total = 0  # of its losses
@@ -238,11 +237,10 @@ def train(config, out, checkpoint=None):
                 torch.cuda.reset_peak_memory_stats()  # else cuDNN's first trials would stay in it
             if at_eval and RANK == 0:
                 row |= evaluate(model, config, eval_set, autocast)
-            saving = at_eval or stopping or seconds - saved > SAVE_EVERY
+            saving = at_eval or stopping or seconds % SAVE_EVERY < duration
             write_row(log, row, config, renew=not saving and logged > start)
             if saving:
                 save(out, config, model, optimizers, step, seconds, source)
-                saved = seconds
             logged = step
         if stopping:
             say(f"stopped and saved; to continue, call it with --resume {out}")
