@@ -235,7 +235,7 @@ def train(config, out, checkpoint=None):
             if config.device == "cuda":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2 ** 30, 1)
                 torch.cuda.reset_peak_memory_stats()  # else cuDNN's first trials would stay in it
-            if at_eval and RANK == 0:
+            if at_eval:
                 row |= evaluate(model, config, eval_set, autocast)
             saving = at_eval or stopping or seconds % SAVE_EVERY < duration
             write_row(log, row, config, renew=not saving and logged > start)
