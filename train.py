@@ -124,6 +124,7 @@ SMALL_DSPRITES = dict(
 SMALL_SET_PREDICTION = dict(
     SMALL, num_slots=10, crop="none", max_objects=10, learned_queries=True, num_iterations=4,
     encoder_strides=(2, 2, 2, 1), eval_count=1_000, steps=8_000)
+FOLDER = dict(max_objects=254, train_count=1_000_000_000)
 RECIPES = {  # NAME[-set_prediction][-small]: what differs from Config; folder: of any pictures
     "clevr": {},
     "clevr-small": SMALL_64,
@@ -142,8 +143,8 @@ RECIPES = {  # NAME[-set_prediction][-small]: what differs from Config; folder: 
     "clevr-set_prediction-small": SMALL_SET_PREDICTION,
     "clevr_like-set_prediction": SET_PREDICTION,
     "clevr_like-set_prediction-small": SMALL_SET_PREDICTION,
-    "folder": dict(max_objects=254, train_count=1_000_000_000),
-    "folder-small": dict(SMALL_64, max_objects=254, train_count=1_000_000_000),
+    "folder": FOLDER,
+    "folder-small": SMALL_64 | FOLDER,
 }
 
 # --- The loop -----------------------------------------------------------------------------------
