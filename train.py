@@ -259,8 +259,7 @@ def micro_batches(step, config, scenes):
     indices = epoch_batches(config.seed, epoch, len(scenes), config.batch_size)[position]
     noises = torch.randn(config.batch_size, config.num_slots, config.slot_dim,
                          generator=seeded(config.seed, step))
-    mine = torch.arange(config.batch_size).chunk(WORLD_SIZE)[RANK]
-    for rows in mine.chunk(config.accumulate):
+    for rows in torch.arange(config.batch_size).view(WORLD_SIZE, config.accumulate, -1)[RANK]:
         batch = scenes.batch(indices[rows], config.device, ("image", "target"))
         batch["noise"] = data.to_device(noises[rows], config.device)
         yield batch
