@@ -325,7 +325,7 @@ def evaluate(model, config, scenes, autocast, num_iterations=None):
                 fg_ari += foreground_ari(batch["label"], output.masks).tolist()
         eval_loss += loss.item() * len(index)
     metrics = {"eval_loss": round(eval_loss / len(scenes), 6)}
-    if config.task == "set_prediction":
+    if predictions:
         for distance in (math.inf, 1, 0.5, 0.25, 0.125):
             ap = average_precision_clevr(torch.cat(predictions), torch.cat(targets), distance)
             metrics[f"ap_{distance}"] = round(ap, 4)
@@ -347,8 +347,7 @@ def print_evaluation(config, checkpoint):
     autocast = set_up(config)
     scenes = load_scenes(config, "eval")
     # Whatever --num-slots says, the model has as many learned means as in training.
-    trained = replace(config, num_slots=checkpoint["arguments"]["num_slots"])
-    model = build_model(trained)
+    model = build_model(replace(config, num_slots=checkpoint["arguments"]["num_slots"]))
     load_weights(model, checkpoint["model"])
     if scenes.source != checkpoint.get("source", scenes.source):
         say(f"trained on {checkpoint['source']}: some of these scenes may have been in it")
