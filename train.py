@@ -592,10 +592,12 @@ def muon_and_adam(model, layers):
     """
     parameters = dict(model.named_parameters())
     matrices = [name for name in parameters if parameters[name].dim() > 1]
-    others = r"slots_|\.pos\." + ("|^decoder" if layers == "encoder" else "")
+    others = r"slots_|\.pos\."
+    if layers == "encoder":
+        others += "|^decoder"
     hidden = [parameters.pop(name) for name in matrices[1:-1] if not re.search(others, name)]
     adam = torch.optim.Adam(parameters.values(), betas=(0.9, 0.95), fused=True)
-    return [Muon(hidden, {"lr": 0.0}), adam]
+    return [Muon(hidden, {}), adam]
 
 
 # --- The command line ---------------------------------------------------------------------------
