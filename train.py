@@ -164,22 +164,22 @@ def train(config, out, checkpoint=None):
         optimizers = [torch.optim.Adam(model.parameters(), fused=True)]
     else:  # not in the paper
         optimizers = muon_and_adam(model, config.muon)
-    step = 0  # steps done
-    seconds = 0.0
-    if checkpoint:
-        load_weights(model, checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        step = checkpoint["step"]
-        seconds = checkpoint["seconds"]
     train_set = load_scenes(config, "train")
     eval_set = load_scenes(config, "eval")
     if config.device == "cpu":
         keep_freed_memory()
     source = train_set.source
-    if checkpoint and checkpoint["source"] != source:
-        raise InputError(f"{out} is trained on {checkpoint['source']}, not on {source}: "
-                         "restore that, or choose its --data-root")
+    step = 0  # steps done
+    seconds = 0.0
+    if checkpoint:
+        if checkpoint["source"] != source:
+            raise InputError(f"{out} is trained on {checkpoint['source']}, not on {source}: "
+                             "restore that, or choose its --data-root")
+        load_weights(model, checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        step = checkpoint["step"]
+        seconds = checkpoint["seconds"]
     log = open_log(out, step)
     if not checkpoint:
         save(out, config, model, optimizers, step, seconds, source)
