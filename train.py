@@ -160,9 +160,8 @@ def train(config, out, checkpoint=None):
     torch.manual_seed(config.seed)  # the same weights in every process
     model = build_model(config)
     compiled = torch.compile(model, dynamic=False) if config.compile else model
-    if config.muon == "none":
-        optimizers = [torch.optim.Adam(model.parameters(), fused=True)]
-    else:  # not in the paper
+    optimizers = [torch.optim.Adam(model.parameters(), fused=True)]
+    if config.muon != "none":  # not in the paper
         optimizers = muon_and_adam(model, config.muon)
     train_set = load_scenes(config, "train")
     eval_set = load_scenes(config, "eval")
@@ -287,9 +286,8 @@ def sum_over_processes(tensor):
 
 def learning_rate(step, config):
     """Returns the official schedule: linear warm-up times exponential decay, both from step 0."""
-    if config.muon == "none":
-        decay = 0.5 ** (step / config.decay_steps)
-    else:  # not in the paper: linearly to 0
+    decay = 0.5 ** (step / config.decay_steps)
+    if config.muon != "none":  # not in the paper: linearly to 0
         decay = 1 - step / config.steps
     return config.lr * min(1, step / config.warmup) * decay
 
