@@ -315,8 +315,8 @@ def evaluate(model, config, scenes, autocast, num_iterations=None):
             output = model(batch["image"], slots, num_iterations=num_iterations)
         if config.task == "set_prediction":
             loss = hungarian_huber_loss(output.predictions, batch["target"])
-            predictions.append(output.predictions)
-            targets.append(batch["target"])
+            predictions += output.predictions
+            targets += batch["target"]
         else:
             loss = F.mse_loss(output.recon_combined, batch["image"])
             if "label" in batch:
@@ -325,7 +325,7 @@ def evaluate(model, config, scenes, autocast, num_iterations=None):
     metrics = {"eval_loss": round(eval_loss / len(scenes), 6)}
     if predictions:
         for distance in (math.inf, 1, 0.5, 0.25, 0.125):
-            ap = average_precision_clevr(torch.cat(predictions), torch.cat(targets), distance)
+            ap = average_precision_clevr(torch.stack(predictions), torch.stack(targets), distance)
             metrics[f"ap_{distance}"] = round(ap, 4)
     elif fg_ari:
         metrics["fg_ari"] = round(sum(fg_ari) / len(scenes), 4)
