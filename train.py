@@ -19,7 +19,6 @@ import functools
 import inspect
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -324,7 +323,7 @@ def evaluate(model, config, scenes, autocast, num_iterations=None):
         eval_loss += loss.item() * len(index)
     metrics = {"eval_loss": round(eval_loss / len(scenes), 6)}
     if predictions:
-        for distance in (math.inf, 1, 0.5, 0.25, 0.125):
+        for distance in (torch.inf, 1, 0.5, 0.25, 0.125):
             ap = average_precision_clevr(torch.stack(predictions), torch.stack(targets), distance)
             metrics[f"ap_{distance}"] = round(ap, 4)
     elif fg_ari:
@@ -594,8 +593,10 @@ def muon_and_adam(model, layers):
     if layers == "encoder":
         others += "|^decoder"
     hidden = [parameters.pop(name) for name in matrices[1:-1] if not re.search(others, name)]
-    adam = torch.optim.Adam(parameters.values(), betas=(0.9, 0.95), fused=True)
-    return [Muon(hidden, {}), adam]
+    return [
+        Muon(hidden, {}),
+        torch.optim.Adam(parameters.values(), betas=(0.9, 0.95), fused=True),
+    ]
 
 
 # --- The command line ---------------------------------------------------------------------------
