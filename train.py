@@ -43,7 +43,7 @@ from slot_attention import (MODELS, WeightsError, adjusted_rand_index, average_p
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-SAVE_EVERY = 600  # seconds of training: at the first line of the log after each multiple
+SAVE_EVERY = 600  # seconds: at the log's first line, and the first after each multiple
 
 # --- The recipes --------------------------------------------------------------------------------
 
@@ -166,28 +166,24 @@ def train(config, out, checkpoint=None):
     eval_set = load_scenes(config, "eval")
     if config.device == "cpu":
         keep_freed_memory()
-    source = train_set.source
     step = 0  # steps done
     seconds = 0.0
     if checkpoint:
-        if checkpoint["source"] != source:
-            raise InputError(f"{out} is trained on {checkpoint['source']}, not on {source}: "
-                             "restore that, or choose its --data-root")
+        if checkpoint["source"] != train_set.source:
+            raise InputError(f"{out} is trained on {checkpoint['source']}, not on "
+                             f"{train_set.source}: restore that, or choose its --data-root")
         load_weights(model, checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         step = checkpoint["step"]
         seconds = checkpoint["seconds"]
     log = open_log(out, step)
-    if not checkpoint:
-        save(out, config, model, optimizers, step, seconds, source)
     changed = {key: value for key, value in vars(config).items() if value != getattr(Config, key)}
     say(f"{out}, settings other than the paper's for CLEVR6: {changed or 'none'}\n"
-        f"{len(train_set):,} scenes of {source}, {len(eval_set):,} held out; {step:,} of "
-        f"{config.steps:,} steps done")
+        f"{len(train_set):,} scenes of {train_set.source}, {len(eval_set):,} held out; "
+        f"{step:,} of {config.steps:,} steps done")
 
     stop = catch_signals()
-    start = step
     logged = step
     while step < config.steps:
         if step == logged:  # a line of the log begins
@@ -236,10 +232,10 @@ def train(config, out, checkpoint=None):
                 torch.cuda.reset_peak_memory_stats()  # else cuDNN's first trials would stay in it
             if at_eval:
                 row |= evaluate(model, config, eval_set, autocast)
-            saving = at_eval or stopping or seconds % SAVE_EVERY < duration
-            write_row(log, row, config, renew=not saving and logged > start)
+            saving = at_eval or stopping or seconds % SAVE_EVERY <= duration
+            write_row(log, row, config, renew=not saving)
             if saving:
-                save(out, config, model, optimizers, step, seconds, source)
+                save(out, config, model, optimizers, step, seconds, train_set.source)
             logged = step
         if stopping:
             say(f"stopped and saved; to continue, call it with --resume {out}")
