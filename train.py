@@ -164,8 +164,7 @@ def train(config, out, checkpoint=None):
         optimizers = muon_and_adam(model, config.muon)
     train_set = load_scenes(config, "train")
     eval_set = load_scenes(config, "eval")
-    if config.device == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     step = 0  # steps done
     seconds = 0.0
     if checkpoint:
