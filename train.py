@@ -612,17 +612,17 @@ def parse(argv=None):
                         "and to begin with")
     comments = dict(re.findall(r"(\w+): .* = .*  # (.*)", inspect.getsource(Config)))
     for field in fields(Config):
-        how = {"type": type(field.default), "choices": get_args(field.type) or None}
-        if field.type is bool:
+        kind = type(field.default)
+        how = {"type": kind, "choices": get_args(field.type) or None}
+        if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        elif field.type is tuple:
+        elif kind is tuple:
             how = {"type": int, "nargs": "+"}
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS,
                             help=f"{comments.get(field.name)} [CLEVR6: {field.default}]", **how)
     args = parser.parse_args(argv)
     typed = {key: value for key, value in vars(args).items() if hasattr(Config, key)}
 
-    checkpoint = None
     run = args.resume or args.eval
     if run:
         if args.small:
@@ -630,43 +630,36 @@ def parse(argv=None):
         checkpoint = visualize.read_run(run)
         args.out = run
         values = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
-        if args.eval:  # maybe on another machine
-            values.update(device=DEVICES[0], threads=0)
-        unknown = [key for key in values if not hasattr(Config, key)]
-        if unknown:
+        if unknown := values.keys() - vars(Config):
             raise InputError(f"{run} is of another version of this code: it has {unknown}")
-        if "steps" not in values:  # a mere file of weights
-            if args.resume:
-                raise InputError(f"{run} is a file of weights: --resume continues a run's folder")
-            if "data" not in typed and values["data"] not in data.FILES:
+        if args.eval:
+            values.update(device=DEVICES[0], threads=0)  # it may be another machine
+            known = "data" in typed or values["data"] in data.FILES
+            if "steps" not in values and not known:
                 raise InputError(f"{run} comes without its dataset: give one with --data")
-        if args.resume and "muon" in typed:
+        elif "steps" not in values:  # a mere file of weights
+            raise InputError(f"{run} is a file of weights: --resume continues a run's folder")
+        elif "muon" in typed:
             raise InputError("--resume continues a run with its optimizer, so without --muon")
     else:
-        name, values = find_recipe(typed, args.small)
-        args.out = args.out or Path("runs", name)
-        if RANK == 0 and os.path.exists(args.out / "checkpoint.pt"):
+        checkpoint = None
+        demo = "data" not in typed
+        name = typed.setdefault("data", "tetrominoes")
+        suffix = "-set_prediction" if typed.get("task") == "set_prediction" else ""
+        if args.small or demo:
+            suffix += "-small"
+        values = RECIPES.get(name + suffix, RECIPES.get("folder" + suffix))
+        if values is None:
+            raise InputError(f"there is no recipe {name}{suffix}: --task set_prediction is for "
+                             "--data clevr and clevr_like, or needs a recipe of this name")
+        folder = "demo" if demo else Path(name).resolve().name + suffix
+        args.out = args.out or Path("runs", folder)
+        if os.path.exists(args.out / "checkpoint.pt"):
             raise InputError(f"{args.out}/ holds a run: --resume or delete it, or choose another "
                              "--out")
     config = Config(**(values | typed))
     check(config)
     return args, config, checkpoint
-
-
-def find_recipe(typed, small):
-    """Returns the name of the run's folder, and what the recipe changes in Config."""
-    name = typed.get("data", "tetrominoes")
-    suffix = ""
-    if typed.get("task") == "set_prediction":
-        suffix = "-set_prediction"
-    if small or "data" not in typed:
-        suffix += "-small"
-    recipe = RECIPES.get(name + suffix, RECIPES.get("folder" + suffix))
-    if recipe is None:
-        raise InputError(f"there is no recipe {name}{suffix}: --task set_prediction is for "
-                         "--data clevr and clevr_like, or needs a recipe of this name")
-    run = Path(name).resolve().name + suffix if "data" in typed else "demo"
-    return run, {"data": name, **recipe}
 
 
 def check(config):
