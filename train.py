@@ -664,13 +664,11 @@ def parse(argv=None):
 
 def check(config):
     """Raises InputError if a value of the config is out of range."""
-    for field in fields(Config):
-        if field.type in (int, float, tuple):
-            least = np.min(getattr(config, field.name))
-            may_be_0 = field.default == 0
-            if not (least > 0 or may_be_0 and least == 0):
-                wanted = "0 or more" if may_be_0 else "more than 0"
-                raise InputError(f"--{field.name.replace('_', '-')} must be {wanted}")
+    for key, value in vars(config).items():
+        default = getattr(Config, key)
+        if not (isinstance(value, str) or value == default or np.min(value) > 0):
+            wanted = "more than 0" if default else "0 or more"
+            raise InputError(f"--{key.replace('_', '-')} must be {wanted}")
     if config.device not in DEVICES:
         raise InputError(f"there is no {config.device} here (a CPU build of PyTorch, an old "
                          f"driver, a container without GPUs?): --device must be one of {DEVICES}")
