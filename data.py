@@ -119,6 +119,9 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     """
     if name in DATASETS:
         return DATASETS[name](split)
+    if not name:
+        raise InputError("no dataset is named (weights come without their folder): name one with "
+                         "--data, or draw pictures with --images")
     if masks and name in FILES:
         raise InputError(f"--masks is for a folder of pictures, not for {name}")
     root = Path(root)

@@ -634,9 +634,6 @@ def parse(argv=None):
             raise InputError(f"{run} is of another version of this code: it has {unknown}")
         if args.eval:
             values.update(device=DEVICES[0], threads=0)  # it may be another machine
-            known = "data" in typed or values["data"] in data.FILES
-            if "steps" not in values and not known:
-                raise InputError(f"{run} comes without its dataset: give one with --data")
         elif "steps" not in values:  # a mere file of weights
             raise InputError(f"{run} is a file of weights: --resume continues a run's folder")
         elif "muon" in typed:

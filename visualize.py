@@ -41,9 +41,9 @@ COLORS = to_rgba_array((
 def read_run(path):
     """Returns the checkpoint in a run's folder, or the content of a file of weights, as a dict.
 
-    A file of weights may be somebody else's, so of its config only the name of the dataset, the
-    crop and the numbers of objects are taken. Raises InputError if there is no such file, or none
-    of this project.
+    A file of weights may be somebody else's, so of its config only the name of the dataset (of
+    data.FILES, else ""), the crop and the numbers of objects are taken. Raises InputError if there
+    is no such file, or none of this project.
     """
     is_run = os.path.isdir(path)
     file = f"{path}/checkpoint.pt" if is_run else path
@@ -52,6 +52,8 @@ def read_run(path):
         config = dict(checkpoint["config"])
         if not is_run:
             config = {key: config[key] for key in ("data", "crop", "min_objects", "max_objects")}
+            if config["data"] not in data.FILES:  # nobody else chooses which pictures are read
+                config["data"] = ""
     return {**checkpoint, "config": config}
 
 
@@ -81,8 +83,6 @@ def load_batch(checkpoint, images, count):
             pictures.append(array)
         return data.Scenes(np.stack(pictures)).batch(range(len(pictures)))
 
-    if "steps" not in config and config["data"] not in data.FILES:
-        raise InputError("weights come without their dataset: give pictures, --images")
     scenes = data.load(
         config["data"], "eval", config.get("data_root", "data"),
         config.get("eval_count", count), resolution, config["crop"],
