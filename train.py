@@ -354,9 +354,7 @@ def print_evaluation(config, checkpoint):
 
 def load_scenes(config, split):
     """Returns a split of the run's dataset. Raises InputError if it is too small."""
-    count = config.train_count if split == "train" else config.eval_count
-    scenes = data.load(config.data, split, config.data_root, count, config.resolution, config.crop,
-                       config.min_objects, config.max_objects, config.masks)
+    scenes = visualize.load_split(vars(config), split)
     if split == "train" and len(scenes) < config.batch_size:
         raise InputError(f"{len(scenes)} scenes for training are fewer than --batch-size "
                          f"{config.batch_size}: add some, or choose a smaller one")
@@ -629,7 +627,7 @@ def parse(argv=None):
             raise InputError(f"--small is for new runs: {run} has its recipe")
         checkpoint = visualize.read_run(run)
         args.out = run
-        values = {"task": checkpoint["task"], **checkpoint["arguments"], **checkpoint["config"]}
+        values = checkpoint["config"]
         if unknown := values.keys() - vars(Config):
             raise InputError(f"{run} is of another version of this code: it has {unknown}")
         if args.eval:

@@ -41,19 +41,21 @@ COLORS = to_rgba_array((
 def read_run(path):
     """Returns the checkpoint in a run's folder, or the content of a file of weights, as a dict.
 
-    A file of weights may be somebody else's, so of its config only the name of the dataset (of
-    data.FILES, else ""), the crop and the numbers of objects are taken. Raises InputError if there
-    is no such file, or none of this project.
+    Its "config" has task and arguments of the model as well. A file of weights may be somebody
+    else's, so of its config only the name of the dataset (of data.FILES, else ""), the crop and the
+    numbers of objects are taken. Raises InputError if there is no such file, or none of this
+    project.
     """
     is_run = os.path.isdir(path)
     file = f"{path}/checkpoint.pt" if is_run else path
     checkpoint = data.read_file(file)
     with data.reading(file):  # whatever is missing
-        config = dict(checkpoint["config"])
+        config = checkpoint["config"]
         if not is_run:
             config = {key: config[key] for key in ("data", "crop", "min_objects", "max_objects")}
-            if config["data"] not in data.FILES:  # nobody else chooses which pictures are read
+            if config["data"] not in data.FILES:  # a folder: nobody else chooses what is read
                 config["data"] = ""
+        config = {"task": checkpoint["task"], **checkpoint["arguments"], **config}
     return {**checkpoint, "config": config}
 
 
@@ -63,6 +65,14 @@ def load_run(path):
     return load_model(checkpoint).eval().requires_grad_(False), checkpoint
 
 
+def load_split(config, split, count=None):
+    """Returns a split of a run's dataset as Scenes: at most `count`, if its config does not say."""
+    return data.load(
+        config["data"], split, config.get("data_root", "data"),
+        config.get(f"{split}_count", count), config["resolution"], config["crop"],
+        config["min_objects"], config["max_objects"], config.get("masks"))
+
+
 def load_batch(checkpoint, images, count):
     """Returns a batch of the user's pictures, or of `count` held-out scenes of the run's dataset.
 
@@ -70,7 +80,7 @@ def load_batch(checkpoint, images, count):
     central square; one of CLEVR's own, for a model of CLEVR, is cropped as in training.
     """
     config = checkpoint["config"]
-    resolution = checkpoint["arguments"]["resolution"]
+    resolution = config["resolution"]
     if images:
         pictures = []
         for path in images:
@@ -83,10 +93,7 @@ def load_batch(checkpoint, images, count):
             pictures.append(array)
         return data.Scenes(np.stack(pictures)).batch(range(len(pictures)))
 
-    scenes = data.load(
-        config["data"], "eval", config.get("data_root", "data"),
-        config.get("eval_count", count), resolution, config["crop"],
-        config["min_objects"], config["max_objects"], config.get("masks"))
+    scenes = load_split(config, "eval", count)
     return scenes.batch(range(min(count, len(scenes))))
 
 
