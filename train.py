@@ -465,14 +465,14 @@ def open_log(out, step):
         return open(os.devnull, "wb")
     path = out / "log.jsonl"
     with data.reading(path):
-        out.mkdir(parents=True, exist_ok=True)
+        os.makedirs(out, exist_ok=True)
         log = open(path, "ab+")
         if not data.lock(log):
             raise InputError(f"another process is training into {out}/: wait for it, or "
                              "choose another --out")
         log.seek(0)
         size = sum(len(line) for line in log
-                   if line.endswith(b"\n") and json.loads(line)["step"] <= step)
+                   if b"\n" in line and json.loads(line)["step"] <= step)
         log.truncate(size)
     return log
 
@@ -483,12 +483,11 @@ def write_row(log, row, config, renew):
     Raises InputError if a value is not finite, or the disk is full.
     """
     check_finite(row)
-    try:
-        log.write(json.dumps(row).encode() + b"\n")
+    line = json.dumps(row).encode() + b"\n"
+    with data.reading(f"cannot write {log.name}"):
+        log.write(line)
         log.flush()
-    except OSError as error:
-        raise InputError(f"cannot write {log.name}: {error.strerror}") from error
-    left = data.duration(row["seconds"] / row["step"] * (config.steps - row["step"]))
+    left = data.duration(row["seconds"] * (config.steps / row["step"] - 1))
     values = "  ".join(f"{key} {value:.4g}" for key, value in row.items()
                        if key not in ("step", "seconds", "peak_gib"))  # in 80 columns
     say(f"step {row['step']:,} of {config.steps:,}, {left} left  {values}", renew)
