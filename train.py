@@ -404,17 +404,16 @@ def idle_cores():
 
     Where a core is busy with other work, the thread that waits for it would stop all others.
     """
-    stat = Path("/proc/stat")
-    if not stat.exists():  # not Linux
-        return torch.get_num_threads()
-
     def idle():  # of all cores, in 1/100 s, also those that wait for a disk
-        return sum(map(int, stat.read_text().split()[4:6]))
+        return sum(map(int, Path("/proc/stat").read_text().split()[4:6]))
 
-    before = idle()
-    time.sleep(0.5)
-    cores = round((idle() - before) / 50)
-    return min(max(cores, 1), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    with suppress(FileNotFoundError):  # not Linux
+        before = idle()
+        time.sleep(0.5)
+        cores = round((idle() - before) / 50)
+        threads = min(threads, max(cores, 1))
+    return threads
 
 
 def keep_freed_memory():
