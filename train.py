@@ -372,9 +372,10 @@ def set_up(config):
     """
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # which "cuda" means from here
-        if config.dtype != "float32":
-            torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.allow_tf32 = config.dtype != "float32"
+        if config.dtype == "float32":
+            torch.backends.cudnn.allow_tf32 = False
+        else:
+            torch.set_float32_matmul_precision("high")  # TF32; in cuDNN it is on already
         torch.backends.cudnn.benchmark = True
         fast = torch.cuda.get_device_capability()[0] >= 8
     else:
