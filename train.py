@@ -409,7 +409,7 @@ def idle_cores():
         return sum(map(int, Path("/proc/stat").read_text().split()[4:6]))
 
     threads = torch.get_num_threads()
-    with suppress(FileNotFoundError):  # not Linux
+    with suppress(OSError):  # not Linux
         before = idle()
         time.sleep(0.5)
         cores = round((idle() - before) / 50)
