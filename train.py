@@ -600,10 +600,13 @@ def parse(argv=None):
         usage=argparse.SUPPRESS, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", type=Path, metavar="RUN", help="continue this run")
-    mode.add_argument("--eval", type=Path, metavar="RUN",
-                      help="evaluate this run, or this file of weights")
-    mode.add_argument("--out", type=Path, help="the run's folder [runs/ and the recipe's name]")
+    modes = {
+        "--resume": "continue this run",
+        "--eval": "evaluate this run, or this file of weights",
+        "--out": "the folder of a new run [runs/ and the recipe's name]",
+    }
+    for flag, text in modes.items():
+        mode.add_argument(flag, type=Path, metavar="RUN", help=text)
     parser.add_argument("--small", action="store_true",
                         help="a small model, trained with additions to the paper: for a CPU, "
                         "and to begin with")
