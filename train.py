@@ -353,7 +353,7 @@ def print_evaluation(config, checkpoint):
 
 
 def load_scenes(config, split):
-    """Returns a split of the run's dataset. Raises InputError if it is too small."""
+    """Returns a split of the run's dataset. Raises InputError if it does not fit the config."""
     scenes = visualize.load_split(vars(config), split)
     if split == "train" and len(scenes) < config.batch_size:
         raise InputError(f"{len(scenes)} scenes for training are fewer than --batch-size "
@@ -382,9 +382,9 @@ def set_up(config):
         config.threads = config.threads or idle_cores()  # saved: a resumed run takes as many
         # Other CPUs emulate bfloat16, 50 times slower than float32. On Intel's that have
         # avx512_bf16, but no AMX, it is slower than float32, too.
-        bfloat16 = "(?s)amx_bf16|AuthenticAMD.*avx512_bf16"
         cpuinfo = Path("/proc/cpuinfo")
-        fast = cpuinfo.exists() and re.search(bfloat16, cpuinfo.read_text())
+        fast = cpuinfo.exists() and re.search(
+            "(?s)amx_bf16|AuthenticAMD.*avx512_bf16", cpuinfo.read_text())
     if config.threads:
         torch.set_num_threads(min(config.threads, os.cpu_count()))
     if WORLD_SIZE > 1:
@@ -638,7 +638,7 @@ def parse(argv=None):
             raise InputError(f"{run} is a file of weights: --resume continues a run's folder")
         elif "muon" in typed:
             raise InputError("--resume continues a run with its optimizer, so without --muon")
-    else:
+    else:  # a new run
         checkpoint = None
         demo = "data" not in typed
         name = typed.setdefault("data", "tetrominoes")
