@@ -75,15 +75,14 @@ class Scenes:
 
 def to_device(x, device):
     """Copies a tensor to a device; to a GPU from pinned memory, so that nothing waits for it."""
-    if torch.device(device).type == "cuda":
+    if "cuda" in str(device):
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
-URL = "https://storage.googleapis.com/multi-object-datasets"
 # train: how many scenes are for training; resolution: height and width of the images. Of official
-# files: file: its path at URL; masks: their shape in it, the shortest axis is that of the entities;
-# used: how many of its first scenes.
+# files: file: its path at its address, see generate; masks: their shape in it, the shortest axis is that of
+# the entities; used: how many of its first scenes.
 Dataset = namedtuple("Dataset", "train resolution file masks used", defaults=[None] * 3)
 FILES = {
     "tetrominoes": Dataset(
@@ -178,7 +177,7 @@ def split_index(n, split, train_count):
     order = np.arange(n)
     if n <= train_count:
         order = np.random.default_rng(0).permutation(n)
-        train_count = n - min(320, max(1, n // 10))
+        train_count = n - min(320, n // 10 or 1)
     return np.sort(order[:train_count] if split == "train" else order[train_count:])
 
 
@@ -660,7 +659,7 @@ def say(line, renew=False):
     renew: a line that the next message replaces, on a terminal; elsewhere it is not printed.
     """
     terminal = sys.stderr.isatty()
-    if RANK > 0 or (renew and not terminal):
+    if RANK or (renew and not terminal):
         return
     with suppress(OSError):  # a closed terminal or pipe is no reason to stop
         print("\r\x1b[K" * terminal + line, end="" if renew else "\n", file=sys.stderr, flush=True)
@@ -675,14 +674,14 @@ def duration(seconds):
 
 
 @contextmanager
-def one_line_errors(*others):
-    """Ends the program with one line and exit code 2 after an InputError, or one of the others.
+def one_line_errors(other):
+    """Ends the program with one line and exit code 2 after an InputError, or an error of `other`.
 
     Under `python -X dev` the traceback is shown, also that of what a damaged file raised.
     """
     try:
         yield
-    except (InputError, *others) as error:
+    except (InputError, other) as error:
         if sys.flags.dev_mode:  # python -X dev
             raise
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
@@ -699,11 +698,10 @@ def reading(path):
     except (InputError, MemoryError):
         raise
     except Exception as error:  # PIL, torch and zipfile have many ways to say it
-        reason = getattr(error, "strerror", None)
+        damage = f"damaged, or of the wrong kind: {error!r:.100} (python -X dev shows where)"
+        reason = getattr(error, "strerror", None) or damage
         if isinstance(error, EOFError):
             reason = "it ends too early: was its download interrupted?"
-        elif not reason:
-            reason = f"damaged, or of the wrong kind: {error!r:.100} (python -X dev shows where)"
         raise InputError(f"{path}: {reason}") from error
 
 
@@ -741,10 +739,9 @@ def lock(file, wait=False):
 
 def read_file(path):
     """Returns the content of a checkpoint or a file of weights (.pt). No code in it is run."""
-    with reading(path):
-        with ZipFile(path) as archive:
-            if archive.testzip():  # torch.load verifies no checksums
-                raise ValueError("a checksum is wrong")
+    with reading(path), ZipFile(path) as archive:
+        if archive.testzip():  # torch.load verifies no checksums
+            raise ValueError("a checksum is wrong")
         return torch.load(path, "cpu", weights_only=True)
 
 
@@ -775,7 +772,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         path = root / Path(dataset.file).name
         raise InputError(f"there is no {path} (--data clevr_like and --data multi_dsprites need no "
                          f"file). To fetch it: curl -fL --create-dirs -C - -o {path} "
-                         f"{URL}/{dataset.file}")
+                         f"https://storage.googleapis.com/multi-object-datasets/{dataset.file}")
     elif resolution != dataset.resolution:
         raise InputError(f"generated {name} exist only at --resolution {dataset.resolution}")
     else:
