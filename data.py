@@ -81,8 +81,8 @@ def to_device(x, device):
 
 
 # train: how many scenes are for training; resolution: height and width of the images. Of official
-# files: file: its path at its address, see generate; masks: their shape in it, the shortest axis is that of
-# the entities; used: how many of its first scenes.
+# files: file: its path on the server (see generate); masks: their shape in it, the shortest axis is
+# that of the entities; used: how many of its first scenes.
 Dataset = namedtuple("Dataset", "train resolution file masks used", defaults=[None] * 3)
 FILES = {
     "tetrominoes": Dataset(
@@ -243,14 +243,18 @@ def folder_arrays(folder, root, resolution, masks):
     return arrays
 
 
+def open_picture(path):
+    """Opens a picture with PIL. Verifies its checksums, which loading it does not look at."""
+    Image.open(path, formats=FORMATS).verify()
+    return Image.open(path, formats=FORMATS)
+
+
 def read_picture(path):
     """Returns a picture as an RGB image of PIL: upright, the first frame, transparency on white."""
-    with reading(path):
-        Image.open(path, formats=FORMATS).verify()  # checksums, which loading does not look at
-        with Image.open(path, formats=FORMATS) as file:
-            if file.mode[0] in "IF":
-                raise InputError(f"{path}: more than 8 bits a channel; convert it to 8")
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    with reading(path), open_picture(path) as file:
+        if file.mode[0] in "IF":
+            raise InputError(f"{path}: more than 8 bits a channel; convert it to 8")
+        picture = ImageOps.exif_transpose(file).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
 
@@ -263,15 +267,13 @@ def square(picture, resolution):
 
 def read_mask(path, size):
     """Returns the central square of a mask, [h, h] uint8. size: its picture's (W, H)."""
-    with reading(path):
-        Image.open(path, formats=["PNG"]).verify()  # checksums, as above
-        with Image.open(path, formats=["PNG"]) as mask:
-            if mask.mode not in ("1", "L", "P"):
-                raise InputError(f"{path}: a mask is a grey or palette PNG of at most 8 bits, not "
-                                 f"of mode {mask.mode}")
-            if mask.size != size:
-                raise InputError(f"{path}: the mask has {mask.size} pixels, its picture {size}")
-            return np.array(TF.center_crop(mask, min(size)), np.uint8)
+    with reading(path), open_picture(path) as mask:
+        if mask.format != "PNG" or mask.mode not in ("1", "L", "P"):
+            raise InputError(f"{path}: a mask is a grey or palette PNG of at most 8 bits, not a "
+                             f"{mask.format} of mode {mask.mode}")
+        if mask.size != size:
+            raise InputError(f"{path}: the mask has {mask.size} pixels, its picture {size}")
+        return np.array(TF.center_crop(mask, min(size)), np.uint8)
 
 
 # --- CLEVR --------------------------------------------------------------------------------------
