@@ -284,12 +284,12 @@ CLEVR_CODES = {  # by their numbers in clevr_with_masks; 0 (-) is the background
     "shape": "- sphere cylinder cube".split(),
     "color": "- red cyan green blue brown gray purple yellow".split(),
 }
-CLEVR_TARGETS = {  # the order in the targets of set prediction, from TensorFlow Datasets
-    "size": "small large".split(),
-    "material": "rubber metal".split(),
-    "shape": "cube sphere cylinder".split(),
-    "color": "gray blue brown yellow red green purple cyan".split(),
-}
+CLEVR_TARGETS = [  # their order in the targets of set prediction, from TensorFlow Datasets
+    "small large".split(),
+    "rubber metal".split(),
+    "cube sphere cylinder".split(),
+    "gray blue brown yellow red green purple cyan".split(),
+]
 CLEVR_CROP = {  # the central square, rows and columns, by the picture's height and width
     (240, 320): np.s_[29:221, 64:256],  # the paper's
     (320, 480): np.s_[24:312, 96:384],  # the same part of the picture in CLEVR_v1.0
@@ -303,13 +303,12 @@ def clevr_target(scene):
     Rows of zeros follow. Raises ValueError or IndexError if these are not a CLEVR scene's factors.
     """
     columns = [(scene[axis] + 3) / 6 for axis in "xyz"]
-    for key, names in CLEVR_TARGETS.items():
+    for key, names in zip(CLEVR_CODES, CLEVR_TARGETS):
         words = np.array(CLEVR_CODES[key])[scene[key]]
         columns += [words == name for name in names]
     real = scene["size"] > 0  # neither background nor padding
-    rows = np.transpose([*columns, real])[real]
     target = np.zeros((10, 19), np.float32)
-    target[:len(rows)] = rows  # ValueError for more than 10
+    target[:sum(real)] = np.transpose([*columns, real])[real]  # ValueError for more than 10
     if not (abs(target[:, :3]) < 10).all():  # also for NaN
         raise ValueError("its coordinates are not CLEVR's")
     return target

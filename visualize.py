@@ -187,7 +187,7 @@ def draw_objects(batch, output):
         for k, prediction in enumerate(output.predictions[i]):
             words = ["no object"]
             if prediction[18] > 0.5:
-                chosen = zip(data.CLEVR_TARGETS.values(), attributes(prediction))
+                chosen = zip(data.CLEVR_TARGETS, attributes(prediction))
                 words = [names[index] for names, index in chosen]
                 circle = {"boxstyle": "circle,pad=0.2", "color": COLORS[k]}
                 whole.text(*place(prediction, size), k + 1, color="white", size=7,
