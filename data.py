@@ -575,21 +575,19 @@ def cached(name, root, sources, scenes, total):
     key = hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()[:8]
     for folder in (root / "cache", Path("data/cache")):
         path = folder / f"{name}-{key}.zip"
-        if path.exists():
-            return read_cache(path)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / "lock", "w")
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                with open(folder / "lock", "w") as file:
+                    if not lock(file):
+                        say(f"waiting for another process that writes into {folder} (maybe of "
+                            "this run)")
+                        lock(file, wait=True)
+                    if not path.exists():  # another process may have built it meanwhile
+                        write_cache(path, scenes, total)
+            return read_cache(path)
         except OSError as error:
             say(f"{folder} cannot be written: {error}")
-            continue
-        with file:
-            if not lock(file):
-                say(f"waiting for another process that writes into {folder} (maybe of this run)")
-                lock(file, wait=True)
-            if not path.exists():  # another process may have built it meanwhile
-                write_cache(path, scenes, total)
-        return read_cache(path)
     raise InputError("there is no folder to write the cache to: run from one that can be written")
 
 
