@@ -128,7 +128,8 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
     resolution = resolution or dataset.resolution
     if name not in FILES:
         path = Path(name).resolve()
-        arrays = folder_arrays(path, root, resolution, masks and Path(masks).resolve())
+        objects, arrays = folder_arrays(
+            path, root, resolution, masks and Path(masks).resolve())
     elif path := dataset.file and find(dataset.file, root):
         if path.is_dir():
             sources = path.glob("scenes/*.json")
@@ -138,16 +139,18 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
             sources = [path]
             scenes = tfrecord_scenes(path, dataset, resolution, crop)
             total = dataset.used
-        arrays = cached(f"{path.name}-{resolution}-{crop}", root, sources, scenes, total)
+        objects, arrays = cached(
+            f"{path.name}-{resolution}-{crop}", root, sources, scenes, total)
     else:
         count = count or (dataset.train if split == "train" else 320)
-        arrays = generate(name, split, root, count, resolution, crop, min_objects, max_objects)
+        objects, arrays = generate(
+            name, split, root, count, resolution, crop, min_objects, max_objects)
     source = f"generated {name}"
-    index = np.arange(len(arrays["objects"]))
+    index = np.arange(len(objects))
     if path:  # not generated: one set, of which a split is a part
         source = f"{path.name.removesuffix('.tfrecords')} ({len(index):,})"
         index = split_index(len(index), split, dataset.train)
-    objects = arrays["objects"][index]
+    objects = objects[index]
     index = index[(objects >= min_objects) & (objects <= max_objects)][:count]
     if len(objects) and len(index) == 0:
         raise InputError(f"no {split} scene of {name} has {min_objects} to {max_objects} objects "
@@ -189,7 +192,7 @@ FORMATS = "PNG JPEG GIF BMP TIFF WEBP PPM".split()  # not EPS: that runs a progr
 
 @lru_cache  # once in a run
 def folder_arrays(folder, root, resolution, masks):
-    """Returns the arrays of all pictures under a folder, sorted by name, through the cache."""
+    """Returns all pictures under a folder, sorted by name, through the cache; see cached."""
     files = []
     others = []
     with reading(folder):
@@ -232,15 +235,15 @@ def folder_arrays(folder, root, resolution, masks):
     missing = [str(path) for path in sources if not path.exists()]
     if missing:
         raise InputError(f"{len(missing)} masks are missing: {'; '.join(missing[:20])}")
-    arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks(), len(files))
-    if masks and not arrays["objects"].any():
+    objects, arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks(), len(files))
+    if masks and not objects.any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
                          "background, 255 is left out)")
-    few = (arrays["objects"] < 2).sum()
+    few = (objects < 2).sum()
     if masks and few:
         say(f"{few:,} of {len(files):,} pictures have fewer than two entities: their FG-ARI is 0 "
             "or 1 (--min-objects 2 leaves them out, also of training)")
-    return arrays
+    return objects, arrays
 
 
 def open_picture(path):
@@ -558,8 +561,9 @@ CACHE_VERSION = 5  # change it whenever any dataset is decoded or generated in a
 
 
 def cached(name, root, sources, scenes, total):
-    """Returns {key: array [n, ...]} of all scenes, mapped from the cache; builds it if need be.
+    """Returns all scenes from the cache; builds it if need be.
 
+    So it returns the numbers of objects [n], and {key: array [n, ...]}, mapped from the file.
     scenes: an iterator of blocks {"image": [m, H, W, 3], "objects": m numbers, ...}, each written
     as it comes; the iterator is left alone if the cache is there. total: how many scenes are
     expected. sources: the files that the scenes come from: when one of them changes, there is
@@ -613,7 +617,7 @@ def write_cache(path, scenes, total):
 
 @lru_cache  # its checksums are verified once in a run
 def read_cache(path):
-    """Returns the arrays of a cache, mapped, and the numbers of objects."""
+    """Returns the numbers of objects in a cache's scenes, and its arrays, mapped."""
     with reading(f"{path} (it can be deleted)"), ZipFile(path) as archive:
         say(f"verifying {path}", renew=True)
         if RANK == 0 and archive.testzip():
@@ -622,7 +626,7 @@ def read_cache(path):
         fields = [tuple(field) for field in about["fields"]]
         objects = np.array(about["objects"])
         records = np.memmap(path, fields, "r", about["start"], len(objects))
-    return {"objects": objects, **{key: records[key] for key in records.dtype.names}}
+    return objects, {key: records[key] for key in records.dtype.names}
 
 
 def in_threads(function, jobs):
@@ -749,7 +753,7 @@ def read_file(path):
 
 
 def generate(name, split, root, count, resolution, crop, min_objects, max_objects):
-    """Returns the arrays of scenes drawn by the rules of a dataset, through the cache, as in load.
+    """Returns scenes drawn by the rules of a dataset, through the cache; see load and cached.
 
     The splits come from seeds 1 and 2 in every run, so do not test a model on scenes of seed 1.
     """
