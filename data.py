@@ -208,7 +208,7 @@ def folder_arrays(folder, root, resolution, masks):
         say(f"{len(others)} other files left out: {', '.join(path.name for path in others[:5])}")
 
     def mask_of(path):
-        return (masks / path.relative_to(folder)).with_suffix(".png")
+        return masks / path.relative_to(folder).with_suffix(".png")
 
     unusable = []
 
@@ -229,12 +229,7 @@ def folder_arrays(folder, root, resolution, masks):
         if unusable:  # all at once, so that nobody has to start again for each
             raise InputError(f"{len(unusable)} unusable: {'; '.join(unusable[:20])}")
 
-    sources = [*files]
-    if masks:
-        sources += map(mask_of, files)
-    missing = [str(path) for path in sources if not path.exists()]
-    if missing:
-        raise InputError(f"{len(missing)} masks are missing: {'; '.join(missing[:20])}")
+    sources = files + [mask_of(path) for path in files if masks]
     objects, arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks(), len(files))
     if masks and not objects.any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
@@ -571,11 +566,13 @@ def cached(name, root, sources, scenes, total):
     several processes, one builds it and the others wait.
     """
     sources = sorted(sources)
+    missing = [str(path) for path in sources if not path.exists()]
+    if missing:
+        raise InputError(f"{len(missing)} files are missing: {'; '.join(missing[:20])}")
     files = []
     for path in sources:
-        with reading(path):
-            stat = path.stat()
-            files.append((os.path.relpath(path, sources[0]), stat.st_size, stat.st_mtime_ns))
+        stat = path.stat()
+        files.append((os.path.relpath(path, sources[0]), stat.st_size, stat.st_mtime_ns))
     key = hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()[:8]
     for folder in (root / "cache", Path("data/cache")):
         path = folder / f"{name}-{key}.zip"
