@@ -351,8 +351,7 @@ def cropped(picture, crop):
 def resize(picture, resolution):
     """Resizes [H, W, 3] uint8 as the official code does, bilinear, not antialiased; to uint8."""
     x = torch.tensor(picture).movedim(2, 0)
-    x = TF.resize(x, [resolution, resolution], antialias=False)
-    return x.movedim(0, 2).numpy()
+    return TF.resize(x, [resolution, resolution], antialias=False).movedim(0, 2).numpy()
 
 
 def resize_nearest(labels, resolution):
