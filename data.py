@@ -215,22 +215,22 @@ def folder_arrays(folder, root, resolution, masks):
     def read(path):
         try:
             picture = read_picture(path)
-            block = {"image": square(picture, resolution)[None], "objects": [0]}
+            scene = {"image": square(picture, resolution), "objects": 0}
             if masks:
                 label = read_mask(mask_of(path), picture.size)
-                block["label"] = resize_nearest(label, resolution)[None]
-                block["objects"] = [len(np.setdiff1d(label, (0, 255)))]
-            return block
+                scene["label"] = resize_nearest(label, resolution)
+                scene["objects"] = len(np.setdiff1d(label, (0, 255)))
+            return scene
         except InputError as error:
             unusable.append(str(error))
 
-    def blocks():
+    def scenes():
         yield from filter(None, in_threads(read, files))
         if unusable:  # all at once, so that nobody has to start again for each
             raise InputError(f"{len(unusable)} unusable: {'; '.join(unusable[:20])}")
 
     sources = files + [mask_of(path) for path in files if masks]
-    objects, arrays = cached(f"{folder.name}-{resolution}", root, sources, blocks(), len(files))
+    objects, arrays = cached(f"{folder.name}-{resolution}", root, sources, scenes(), len(files))
     if masks and not objects.any():
         raise InputError(f"the masks in {masks} have no entity: count these from 1 (0 is the "
                          "background, 255 is left out)")
@@ -333,7 +333,7 @@ def clevr_v1_scenes(folder, resolution, crop):
         with reading(path):
             picture = cropped(np.array(read_picture(path)), crop)
         image = resize(picture, resolution)
-        return {"image": image[None], "target": target[None], "objects": [target[:, 18].sum()]}
+        return {"image": image, "target": target, "objects": target[:, 18].sum()}
 
     yield from in_threads(read, jobs)  # lazily: with a cache, not even the JSON is read
 
@@ -370,16 +370,16 @@ def tfrecord_scenes(path, dataset, resolution, crop):
     crop = crop if is_clevr else "none"
 
     def decode(record):
-        block = {}
+        decoded = {}
         with reading(path):
             scene = decode_scene(record, dataset.masks)
             if is_clevr:
-                block["target"] = clevr_target(scene)[None]
-        block["image"] = resize(cropped(scene["image"], crop), resolution)[None]
+                decoded["target"] = clevr_target(scene)
+        decoded["image"] = resize(cropped(scene["image"], crop), resolution)
         mask = cropped(scene["mask"].transpose(1, 2, 0), crop)                  # [h, w, E]
-        block["label"] = np.uint8(resize_nearest(mask, resolution).argmax(2))[None]
-        block["objects"] = [round(scene["visibility"].sum()) - 1]  # not the background
-        return block
+        decoded["label"] = np.uint8(resize_nearest(mask, resolution).argmax(2))
+        decoded["objects"] = round(scene["visibility"].sum()) - 1  # not the background
+        return decoded
 
     return in_threads(decode, read_records(path, dataset.used))
 
@@ -558,7 +558,7 @@ def cached(name, root, sources, scenes, total):
     """Returns all scenes from the cache; builds it if need be.
 
     So it returns the numbers of objects [n], and {key: array [n, ...]}, mapped from the file.
-    scenes: an iterator of blocks {"image": [m, H, W, 3], "objects": m numbers, ...}, each written
+    scenes: an iterator of dicts {"image": [H, W, 3], "objects": their number, ...}, each written
     as it comes; the iterator is left alone if the cache is there. total: how many scenes are
     expected. sources: the files that the scenes come from: when one of them changes, there is
     another cache. It lies in root/cache, or, if nothing can be written there, in data/cache. Of
@@ -592,21 +592,21 @@ def cached(name, root, sources, scenes, total):
 
 
 def write_cache(path, scenes, total):
-    """Writes blocks of scenes as they come: the member "records" of a zip file, not compressed."""
+    """Writes scenes as they come: the member "records" of a zip file, not compressed."""
     say(f"writing about {total:,} scenes into {path} (only the first time)")
     objects = []
     with whole_file(path) as file, ZipFile(file, "w") as archive:
         with archive.open("records", "w", force_zip64=True) as stream:
             start = file.tell()
-            for block in scenes:
-                objects += map(int, block.pop("objects"))
-                fields = [(key, array.dtype.str, array.shape[1:]) for key, array in block.items()]
-                records = np.rec.fromarrays([*block.values()], fields)  # a scene's side by side
-                stream.write(records.tobytes())
-                renew = len(objects) % 10_000 >= len(records)  # every ten thousand, one stays
+            for scene in scenes:
+                objects.append(int(scene.pop("objects")))
+                for array in scene.values():  # a scene's side by side
+                    stream.write(array.tobytes())
+                renew = len(objects) % 10_000 > 0  # every ten thousand, one stays
                 say(f"{len(objects):,} of about {total:,} scenes", renew)
         if not objects:
             raise InputError(f"there is no scene to build {path} from")
+        fields = [(key, array.dtype.str, array.shape) for key, array in scene.items()]
         about = {"start": start, "fields": fields, "objects": objects}
         archive.writestr("about.json", json.dumps(about))
 
@@ -760,7 +760,7 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         "clevr_like": make_clevr_like,
     }
     cache = f"{name}-{split}-{count}"
-    size = 1_000  # of a block of scenes
+    size = 1_000  # scenes are made so many at a time
     options = ()
     if name == "clevr_like":
         max_objects = min(max_objects, 10)
@@ -778,9 +778,14 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
         say(f"{count:,} generated scenes for {split} (no {Path(dataset.file).name} in {root}/)")
 
     seed = 1 if split == "train" else 2
-    blocks = (makers[name](min(size, count - start), (seed, start), *options)
-              for start in range(0, count, size))  # threads would wait for Python's lock
-    return cached(cache, root, [], blocks, count)
+
+    def scenes():  # one after the other: threads would wait for Python's lock
+        for start in range(0, count, size):
+            made = makers[name](min(size, count - start), (seed, start), *options)
+            for scene in zip(*made.values()):
+                yield dict(zip(made, scene))
+
+    return cached(cache, root, [], scenes(), count)
 
 
 # The 19 orientations of I, O, L, J, T, S and Z, rows from top to bottom.

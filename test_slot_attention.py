@@ -631,14 +631,14 @@ def cache_count():
     return len([*Path().rglob("*.zip")])
 
 
-def blocks(count):
+def some_scenes(count):
     for i in range(count):
-        yield {"image": np.zeros((1, 64, 64, 3), np.uint8), "objects": [i]}
+        yield {"image": np.zeros((64, 64, 3), np.uint8), "objects": i}
 
 
 def test_a_cache_follows_its_sources(monkeypatch):
     def build(*sources):
-        data.cached("mine", Path(), map(Path, sources), blocks(3), 3)
+        data.cached("mine", Path(), map(Path, sources), some_scenes(3), 3)
         return cache_count()
 
     for name in "ab":
@@ -658,12 +658,12 @@ def test_a_cache_follows_its_sources(monkeypatch):
 def test_scenes_are_written_as_they_come():
     """So a cache of any size takes little memory to build."""
     def watched():
-        for i, block in enumerate(blocks(50)):
+        for i, scene in enumerate(some_scenes(50)):
             part, = Path("cache").glob("part-*")
             assert part.stat().st_size >= 12_288 * (i - 1)
             with open("cache/lock") as file:  # no other process may build it meanwhile
                 assert not data.fcntl or not data.lock(file)
-            yield block
+            yield scene
 
     data.cached("mine", Path(), [], watched(), 50)
     jobs = iter(range(100_000))
@@ -1005,8 +1005,8 @@ def test_shipped_weights_take_real_scenes_apart(file, sample, least):
 def test_real_objects_have_slots_of_their_own():
     """Such a slot owns the centre of this object, of no other one, and is not the largest."""
     folder = SAMPLES / "CLEVR_v1.0"
-    blocks = data.clevr_v1_scenes(folder, 64, "paper")
-    images = [block["image"][0] for block in blocks if block["objects"] <= [6]]
+    scenes = data.clevr_v1_scenes(folder, 64, "paper")
+    images = [scene["image"] for scene in scenes if scene["objects"] <= 6]
     scenes = json.loads((folder / "scenes/CLEVR_train_scenes.json").read_bytes())["scenes"]
     objects = [scene["objects"] for scene in scenes if len(scene["objects"]) <= 6]
     alone = []
@@ -1031,8 +1031,8 @@ def score(file, scenes):
 
 @REAL
 def test_shipped_weights_predict_real_objects():
-    blocks = list(data.clevr_v1_scenes(SAMPLES / "CLEVR_v1.0", 128, "none"))
-    images, targets = (np.concatenate([block[key] for block in blocks])
+    scenes = list(data.clevr_v1_scenes(SAMPLES / "CLEVR_v1.0", 128, "none"))
+    images, targets = (np.stack([scene[key] for scene in scenes])
                        for key in ("image", "target"))
     assert score("set_prediction", data.Scenes(images, None, targets))["ap_inf"] > 0.88
 
