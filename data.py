@@ -68,7 +68,7 @@ class Scenes:
         """
         index = self.index[np.asarray(index)]
         batch = {key: to_device(torch.as_tensor(array[index]), device)
-                 for key, array in self.arrays.items() if key in keys and array is not None}
+                 for key in keys if (array := self.arrays[key]) is not None}
         batch["image"] = batch["image"].movedim(3, 1).float().mul_(2 / 255).sub_(1)
         return batch
 
