@@ -60,15 +60,15 @@ class Scenes:
     def __len__(self):
         return len(self.index)
 
-    def batch(self, index, device="cpu", keys=("image", "label", "target")):
+    def batch(self, index, device="cpu", keys=None):
         """Returns the scenes `index` [B] of the split as a dict of tensors on a device, by key.
 
         image [B, 3, H, W] float32 in [-1, 1]; label [B, H, W] uint8 and target [B, 10, 19] where
-        the dataset has them.
+        the dataset has them. keys: which of these; all if not given.
         """
         index = self.index[np.asarray(index)]
         batch = {key: to_device(torch.as_tensor(array[index]), device)
-                 for key in keys if (array := self.arrays[key]) is not None}
+                 for key in keys or self.arrays if (array := self.arrays[key]) is not None}
         batch["image"] = batch["image"].movedim(3, 1).float().mul_(2 / 255).sub_(1)
         return batch
 
