@@ -266,7 +266,7 @@ def square(picture, resolution):
 def read_mask(path, size):
     """Returns the central square of a mask, [h, h] uint8. size: its picture's (W, H)."""
     with reading(path), open_picture(path) as mask:
-        if mask.format != "PNG" or mask.mode not in ("1", "L", "P"):
+        if mask.format != "PNG" or mask.mode not in "1LP":
             raise InputError(f"{path}: a mask is a grey or palette PNG of at most 8 bits, not a "
                              f"{mask.format} of mode {mask.mode}")
         if mask.size != size:
