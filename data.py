@@ -146,14 +146,13 @@ def load(name, split, root="data", count=None, resolution=None, crop="paper", mi
         objects, arrays = generate(
             name, split, root, count, resolution, crop, min_objects, max_objects)
     source = f"generated {name}"
-    index = np.arange(len(objects))
+    chosen = (objects >= min_objects) & (objects <= max_objects)
     if path:  # not generated: one set, of which a split is a part
-        source = f"{path.name.removesuffix('.tfrecords')} ({len(index):,})"
-        index = split_index(len(index), split, dataset.train)
-    objects = objects[index]
-    index = index[(objects >= min_objects) & (objects <= max_objects)][:count]
-    if len(objects) and len(index) == 0:
-        raise InputError(f"no {split} scene of {name} has {min_objects} to {max_objects} objects "
+        source = f"{path.name.removesuffix('.tfrecords')} ({len(objects):,})"
+        chosen &= in_split(len(objects), split, dataset.train)
+    index = np.flatnonzero(chosen)[:count]
+    if len(index) == 0:
+        raise InputError(f"{name} has no {split} scene with {min_objects} to {max_objects} objects "
                          "(--min-objects, --max-objects)")
     return Scenes(arrays["image"], arrays.get("label"), arrays.get("target"), index, source)
 
@@ -172,16 +171,17 @@ def find(file, root):
                 return path
 
 
-def split_index(n, split, train_count):
-    """Returns which of n scenes are in a split: the first train_count train, the others evaluate.
+def in_split(n, split, train_count):
+    """Returns which of n scenes are in a split, as booleans [n].
 
-    If there are no others, a random tenth evaluates, at most 320 scenes.
+    The first train_count train, the others evaluate. If there are no others, a random tenth
+    evaluates, at most 320 scenes.
     """
-    order = np.arange(n)
-    if n <= train_count:
-        order = np.random.default_rng(0).permutation(n)
-        train_count = n - min(320, n // 10 or 1)
-    return np.sort(order[:train_count] if split == "train" else order[train_count:])
+    train = np.arange(n) < train_count
+    if train.all():
+        held_out = min(320, n // 10 or 1)
+        train[np.random.default_rng(0).permutation(n)[-held_out:]] = False
+    return train == (split == "train")
 
 
 # --- A folder of pictures -----------------------------------------------------------------------

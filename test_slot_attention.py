@@ -403,7 +403,7 @@ def test_a_real_file_is_read_trained_on_and_drawn(capsys, refused):
     (100_000, 70_000, 70_000), (70_000, 70_000, 69_680), (57, 60_000, 52), (9, np.inf, 8)])
 def test_splits(n, train_count, border):
     """The paper's count trains, what comes after it evaluates; if nothing does, a random tenth."""
-    splits = [data.split_index(n, split, train_count) for split in ("train", "eval")]
+    splits = [np.flatnonzero(data.in_split(n, split, train_count)) for split in ("train", "eval")]
     together = np.concatenate(splits)
     assert_array_equal(np.sort(together), np.arange(n))
     assert len(splits[0]) == border
@@ -541,7 +541,7 @@ def ugly_folder():
 
 def test_a_folder_as_people_have_it(monkeypatch):
     ugly_folder()
-    monkeypatch.setattr(data, "split_index", lambda n, *others: np.arange(n))
+    monkeypatch.setattr(data, "in_split", lambda n, *others: np.full(n, True))
 
     def images():
         return arrays_of(data.load("own", "train", resolution=4))["image"].astype(int)
