@@ -17,6 +17,7 @@ the current one.
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import data  # before torch, see there
@@ -230,11 +231,12 @@ def draw_runs(runs, args):
         is_set = checkpoint["task"] == "set_prediction"
         if is_set and (len(runs) > 1 or args.figure):
             raise InputError("runs of set prediction are drawn one at a time, without --figure")
+        model = partial(model, num_slots=args.num_slots, num_iterations=args.num_iterations)
         torch.manual_seed(0)
         if args.figure == "clip":
-            rows += clip_rows(model, images, args.num_slots, args.num_iterations)
+            rows += clip_rows(model, images)
             continue
-        output = model(images, num_slots=args.num_slots, num_iterations=args.num_iterations)
+        output = model(images)
         if is_set:
             return draw_objects(batch, output)
         if args.figure == "row":
@@ -243,7 +245,7 @@ def draw_runs(runs, args):
             rows += scene_rows(Path(run).name.removesuffix(".pt"), images, output)
         else:
             rows += scene_rows("(a) scene", images, output)
-            rows += iteration_rows(model, images, args.num_slots, output.attn.shape[1])
+            rows += iteration_rows(model, images, output.attn.shape[1])
     return draw(rows)
 
 
@@ -252,14 +254,14 @@ def scene_rows(label, images, output):
     return [(f"{label} {i + 1}", mask_cells(image, output, i)) for i, image in enumerate(images)]
 
 
-def iteration_rows(model, images, K, T):
+def iteration_rows(model, images, T):
     """Returns parts (b) and (c) of Figure 3: scene 1, attention and masks by iteration, up to T."""
     attention = []
     masks = []
     steps = [t for t in (1, 2, 3, 5) if t < T]
     for t in [*steps, T]:
         torch.manual_seed(0)  # the same initial slots as in (a): the noise is of the whole batch
-        output = model(images, num_slots=K, num_iterations=t)
+        output = model(images, num_iterations=t)
         cells = mask_cells(images[0], output)
         masks.append((f"(c) iteration {t}", cells))
         cells = cells[:2] + attention_cells(images[0], output.attn[0, -1])
@@ -279,12 +281,12 @@ def wide_cells(image, output, i):
     return cells[:2] + attention + cells[2:]
 
 
-def clip_rows(model, frames, K, T):
+def clip_rows(model, frames):
     """Returns a row a frame. The slots of a frame are the initial slots of the next."""
     rows = []
     slots = None
     for i, frame in enumerate(frames):
-        output = model(frame[None], slots, K, T)
+        output = model(frame[None], slots)
         slots = output.slots
         rows.append((f"frame {i + 1}", mask_cells(frame, output)))
     return rows
