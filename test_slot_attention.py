@@ -1073,7 +1073,7 @@ def test_a_clip_goes_on_from_the_slots_of_the_frame_before():
     model.slot_attention.num_iterations = 2
     frames = data.Scenes(data.make_tetrominoes(1, 0)["image"]).batch([0, 0])["image"]
     torch.manual_seed(0)
-    _, cells = visualize.clip_rows(model, frames)[1]
+    _, (_, cells) = visualize.clip_rows(model, frames)
     torch.manual_seed(0)
     recon = model(frames[:1], num_iterations=4).recon_combined[0]
     assert_allclose(cells[1][1], visualize.to_rgb(recon), atol=1e-5)

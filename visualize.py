@@ -110,19 +110,16 @@ def to_rgb(picture):
 
 
 def slot_cells(head, weights, pictures, background):
-    """Returns a cell of a background in all slots' colours, then one of each slot's picture on it.
+    """Yields a cell of a background in all slots' colours, then one of each slot's picture on it.
 
     weights [K, h, w] sum to 1 over the slots. pictures [K, H, W, 3], or the slots' plain colours
     [K, 3]. background [H, W, 1 or 3].
     """
-    K = len(weights)
-    weights = F.interpolate(weights[None], background.shape[:2], mode="nearest-exact")[0]
-    weights = weights.permute(1, 2, 0).numpy(force=True)                # [H, W, K]
-    cells = [(head, background * (weights @ COLORS[:K]), "black")]
-    for k in range(K):
-        picture = background + weights[..., k, None] * (pictures[k] - background)
-        cells.append((f"slot {k + 1}", picture, COLORS[k]))
-    return cells
+    weights = F.interpolate(weights[:, None], background.shape[:2], mode="nearest-exact")
+    weights = weights.movedim(1, 3).numpy(force=True)                   # [K, H, W, 1]
+    yield head, background * sum(map(np.multiply, weights, COLORS)), "black"
+    for k, (weight, picture) in enumerate(zip(weights, pictures)):
+        yield f"slot {k + 1}", background + weight * (picture - background), COLORS[k]
 
 
 def mask_cells(image, output, i=0):
@@ -138,7 +135,7 @@ def mask_cells(image, output, i=0):
 
 
 def attention_cells(image, attn, head="attention"):
-    """Returns the cells of attn [K, h, w], of all slots and of each, over the image in grey."""
+    """Yields the cells of attn [K, h, w], of all slots and of each, over the image in grey."""
     grey = 0.4 * to_rgb(image).mean(2, keepdims=True) + 0.6             # [H, W, 1]
     return slot_cells(head, attn, COLORS, grey)
 
@@ -240,7 +237,7 @@ def draw_runs(runs, args):
         if is_set:
             return draw_objects(batch, output)
         if args.figure == "row":
-            rows += [("", wide_cells(image, output, i)) for i, image in enumerate(images)]
+            rows += wide_rows(images, output)
         elif len(runs) > 1:
             rows += scene_rows(Path(run).name.removesuffix(".pt"), images, output)
         else:
@@ -255,41 +252,38 @@ def scene_rows(label, images, output):
 
 
 def iteration_rows(model, images, T):
-    """Returns parts (b) and (c) of Figure 3: scene 1, attention and masks by iteration, up to T."""
-    attention = []
+    """Yields parts (b) and (c) of Figure 3: scene 1, attention and masks by iteration, up to T."""
     masks = []
-    steps = [t for t in (1, 2, 3, 5) if t < T]
-    for t in [*steps, T]:
-        torch.manual_seed(0)  # the same initial slots as in (a): the noise is of the whole batch
-        output = model(images, num_iterations=t)
-        cells = mask_cells(images[0], output)
-        masks.append((f"(c) iteration {t}", cells))
-        cells = cells[:2] + attention_cells(images[0], output.attn[0, -1])
-        attention.append((f"(b) iteration {t}", cells))
-    return attention + masks
+    for t in range(1, T + 1):
+        if t in (1, 2, 3, 5, T):
+            torch.manual_seed(0)  # the initial slots of (a): the noise is of the whole batch
+            output = model(images, num_iterations=t)
+            cells = mask_cells(images[0], output)
+            attention = attention_cells(images[0], output.attn[0, -1])
+            yield f"(b) iteration {t}", [*cells[:2], *attention]
+            masks.append((f"(c) iteration {t}", cells))
+    yield from masks
 
 
-def wide_cells(image, output, i):
-    """Returns the cells of scene i in one row, with its attention over the iterations."""
-    attn = output.attn[i]                                               # [T, K, h, w]
-    attention = []
-    for t in sorted({1, 2, 3, len(attn)}):
-        if t <= len(attn):
-            head = f"attention,\niteration {t}"
-            attention.append(attention_cells(image, attn[t - 1], head)[0])
-    cells = mask_cells(image, output, i)
-    return cells[:2] + attention + cells[2:]
+def wide_rows(images, output):
+    """Yields a row for each image, with its attention over the iterations."""
+    T = output.attn.shape[1]
+    for i, image in enumerate(images):
+        attention = [
+            next(attention_cells(image, attn, f"attention,\niteration {t}"))  # of all slots
+            for t, attn in enumerate(output.attn[i], start=1)
+            if t in (1, 2, 3, T)]
+        cells = mask_cells(image, output, i)
+        yield "", cells[:2] + attention + cells[2:]
 
 
 def clip_rows(model, frames):
-    """Returns a row a frame. The slots of a frame are the initial slots of the next."""
-    rows = []
+    """Yields a row a frame. The slots of a frame are the initial slots of the next."""
     slots = None
     for i, frame in enumerate(frames):
         output = model(frame[None], slots)
         slots = output.slots
-        rows.append((f"frame {i + 1}", mask_cells(frame, output)))
-    return rows
+        yield f"frame {i + 1}", mask_cells(frame, output)
 
 
 # --- Command line -------------------------------------------------------------------------------
