@@ -47,17 +47,16 @@ def read_run(path):
     numbers of objects are taken. Raises InputError if there is no such file, or none of this
     project.
     """
-    is_run = os.path.isdir(path)
-    file = f"{path}/checkpoint.pt" if is_run else path
+    file = f"{path}/checkpoint.pt" if os.path.isdir(path) else path
     checkpoint = data.read_file(file)
     with data.reading(file):  # whatever is missing
         config = checkpoint["config"]
-        if not is_run:
-            config = {key: config[key] for key in ("data", "crop", "min_objects", "max_objects")}
+        if file == path:
+            config = {key: config[key] for key in "data crop min_objects max_objects".split()}
             if config["data"] not in data.FILES:  # a folder: nobody else chooses what is read
                 config["data"] = ""
-        config = {"task": checkpoint["task"], **checkpoint["arguments"], **config}
-    return {**checkpoint, "config": config}
+        checkpoint["config"] = {"task": checkpoint["task"], **checkpoint["arguments"], **config}
+    return checkpoint
 
 
 def load_run(path):
