@@ -217,15 +217,18 @@ def draw_curves(runs):
     return figure
 
 
-def draw_runs(runs, args):
+def draw_runs(args):
     """Returns the Figure that --figure names, of one or several runs."""
+    if args.figure == "curve":
+        return draw_curves(args.runs)
+    several = len(args.runs) > 1
     rows = []
-    for run in runs:
+    for run in args.runs:
         model, checkpoint = load_run(run)
         batch = load_batch(checkpoint, args.images, args.count)
         images = batch["image"]
         is_set = checkpoint["task"] == "set_prediction"
-        if is_set and (len(runs) > 1 or args.figure):
+        if is_set and (several or args.figure):
             raise InputError("runs of set prediction are drawn one at a time, without --figure")
         model = partial(model, num_slots=args.num_slots, num_iterations=args.num_iterations)
         torch.manual_seed(0)
@@ -237,7 +240,7 @@ def draw_runs(runs, args):
             return draw_objects(batch, output)
         if args.figure == "row":
             rows += wide_rows(images, output)
-        elif len(runs) > 1:
+        elif several:
             rows += scene_rows(Path(run).name.removesuffix(".pt"), images, output)
         else:
             rows += scene_rows("(a) scene", images, output)
@@ -324,8 +327,7 @@ def main(argv=None):
         folder = "" if others or os.path.isfile(run) else run
         name = args.figure or ("images" if args.images else "figure")
         out = args.out or Path(folder, f"{name}.png")
-        figure = draw_curves(args.runs) if name == "curve" else draw_runs(args.runs, args)
-        save(figure, out)
+        save(draw_runs(args), out)
 
 
 if __name__ == "__main__":
