@@ -291,16 +291,6 @@ def clip_rows(model, frames):
 # --- Command line -------------------------------------------------------------------------------
 
 
-def save(figure, path):
-    """Writes a Figure, whole or not at all. Raises InputError if its suffix is unknown."""
-    kind = path.suffix[1:]
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise InputError(f"--out {path}: {kind!r} is not a known kind of file")
-    with data.whole_file(path) as file:
-        figure.savefig(file, format=kind)
-    data.say(f"drew {path}")
-
-
 def positive(text):
     """Returns a flag's value, a whole number of at least 1."""
     value = int(text)
@@ -327,7 +317,13 @@ def main(argv=None):
         folder = "" if others or os.path.isfile(run) else run
         name = args.figure or ("images" if args.images else "figure")
         out = args.out or Path(folder, f"{name}.png")
-        save(draw_runs(args), out)
+        figure = draw_runs(args)
+        kind = out.suffix[1:]
+        if kind not in figure.canvas.get_supported_filetypes():
+            raise InputError(f"--out {out}: {kind!r} is not a known kind of file")
+        with data.whole_file(out) as file:
+            figure.savefig(file, format=kind)
+        data.say(f"drew {out}")
 
 
 if __name__ == "__main__":
