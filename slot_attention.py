@@ -133,9 +133,8 @@ class SlotAttention(nn.Module):
 # --- The models (sections 2.2 and 2.3) ----------------------------------------------------------
 
 
-AutoEncoderOutput = namedtuple(
-    "AutoEncoderOutput", ["recon_combined", "recons", "masks", "slots", "attn"])
-SetPrediction = namedtuple("SetPrediction", ["predictions", "slots", "attn"])
+AutoEncoderOutput = namedtuple("AutoEncoderOutput", "recon_combined recons masks slots attn")
+SetPrediction = namedtuple("SetPrediction", "predictions slots attn")
 
 
 class SlotAttentionAutoEncoder(nn.Module):
