@@ -301,11 +301,11 @@ class Decoder(nn.Module):
             conv = Conv2dSame if stride == 1 else ConvTranspose2dSame
             layers += [conv(in_channels, channels, kernel_size, stride), nn.ReLU()]
             in_channels = channels
-        layers += [
+        self.cnn = nn.Sequential(
+            *layers,
             Conv2dSame(in_channels, 4 * pixel_shuffle ** 2, 3),
             nn.PixelShuffle(pixel_shuffle),
-        ]
-        self.cnn = nn.Sequential(*layers)
+        )
         keras_init(self)
 
     def forward(self, slots):
@@ -326,7 +326,7 @@ class Decoder(nn.Module):
         adds the same map to every slot. If you change pos, delete this method, and in forward take
         the branch that calls conv.
         """
-        k = conv.kernel_size[0]
+        k, _ = conv.kernel_size
         taps = torch.einsum("md,cdt->mct", slots, conv.weight.flatten(2))   # [M, C, k * k]
         ones = slots.new_ones(1, 1, *self.grid_size)
         inside = F.unfold(ones, k, padding=k // 2)[0]                   # [k * k, h * w], 0 or 1
@@ -348,12 +348,12 @@ class Conv2dSame(nn.Conv2d):
     """
 
     def forward(self, x):
-        k = self.kernel_size[0]
-        stride = self.stride[0]
+        k, _ = self.kernel_size
+        stride, _ = self.stride
         if stride == 1:  # the same as below, without a copy
             return F.conv2d(x, self.weight, self.bias, padding="same")
         padding = []
-        for size in (x.shape[3], x.shape[2]):  # in F.pad's order
+        for size in reversed(x.shape[2:]):  # in F.pad's order
             total = max(k - (size % stride or stride), 0)
             padding += [total // 2, total - total // 2]
         return super().forward(F.pad(x, padding))
@@ -368,8 +368,8 @@ class ConvTranspose2dSame(nn.ConvTranspose2d):
     """
 
     def forward(self, x):
-        k = self.kernel_size[0]
-        stride = self.stride[0]
+        k, _ = self.kernel_size
+        stride, _ = self.stride
         padding, extra = divmod(k - stride, 2)
         y = F.conv_transpose2d(x, self.weight, None, stride, padding)
         y = F.pad(y, (0, -extra, 0, -extra))  # not by slices: their gradient loses channels_last
