@@ -496,28 +496,23 @@ def average_precision_clevr(pred, target, distance_threshold=math.inf):
     """
     if distance_threshold == -1:
         distance_threshold = math.inf
-    K = pred.shape[1]
-    M = target.shape[1]
+    confidence = pred[..., 18]                                          # [B, K]
+    order = confidence.flatten().argsort(descending=True, stable=True)
+    rank = 1 + order.argsort().view_as(confidence)                      # [B, K]
     real = target[..., 18] > 0.5                                        # [B, M]
-    order = pred[..., 18].flatten().argsort(descending=True, stable=True)
-    image = order // K                                                  # [B * K]
-    pred = pred.flatten(0, 1)[order]                                    # [B * K, 19]
-    target = target[image]                                              # [B * K, M, 19]
-    same = attributes(pred)[:, None] == attributes(target)              # [B * K, M, 4]
-    same = same.all(dim=2) & real[image]                                # [B * K, M]
-    distance = 6 * (pred[:, None, :3] - target[..., :3]).norm(dim=2)    # [B * K, M]
-    distance, nearest = torch.where(same, distance, math.inf).min(dim=1)
-    claims = torch.where(distance < distance_threshold, image * M + nearest, -1)
+    pred = pred[:, :, None]                                             # [B, K, 1, 19]
+    target = target[:, None]                                            # [B, 1, M, 19]
+    same = (attributes(pred) == attributes(target)).all(dim=3)          # [B, K, M]
+    distance = 6 * (pred[..., :3] - target[..., :3]).norm(dim=3)
+    distance = torch.where(same & real[:, None], distance, math.inf)    # [B, K, M]
+    nearest = F.one_hot(distance.argmin(dim=2), real.shape[1]) > 0
+    claims = nearest & (distance < distance_threshold)                  # [B, K, M]
+    first = torch.where(claims, rank[..., None], math.inf).amin(dim=1)  # [B, M], inf: no claim
 
-    count = real.sum().item()
-    found = set()
-    precisions = []  # at each hit
-    for rank, claim in enumerate(claims.tolist(), start=1):
-        if claim >= 0 and claim not in found:
-            found.add(claim)
-            precisions.append(len(found) / rank)
+    ranks = sorted(first[real].tolist())  # of the hits
+    precisions = [hits / rank for hits, rank in enumerate(ranks, start=1)]
     best = accumulate(reversed(precisions), max)  # at this recall or a higher one
-    return sum(best) / count if count else math.nan
+    return sum(best) / len(ranks) if ranks else math.nan
 
 
 def attributes(objects):
