@@ -585,7 +585,7 @@ def load_official_weights(model, variables):
         name = key
         for pattern, replacement in OFFICIAL_NAMES:
             name = re.sub(pattern, replacement, name)
-        if "." not in name or "optimizer" in name.lower():  # the step, Adam's averages
+        if "." not in name or "optimizer" in name:  # the step, Adam's averages
             continue
         value = torch.tensor(value)
         if ".gru." in name:
