@@ -426,10 +426,10 @@ def adjusted_rand_index(true_mask, pred_mask):
     true_pairs = pairs(n_ij.sum(dim=2))                                 # in one true group
     pred_pairs = pairs(n_ij.sum(dim=1))                                 # in one predicted group
     all_pairs = pairs(n_ij.sum(dim=(1, 2), keepdim=True))
-    expected = true_pairs * (pred_pairs / all_pairs.clamp(min=1))
+    expected = true_pairs * (pred_pairs / all_pairs)
     maximum = (true_pairs + pred_pairs) / 2
     ari = (pairs(n_ij) - expected) / (maximum - expected)
-    return torch.where(maximum == expected, 1.0, ari)
+    return ari.nan_to_num(1.0)  # 0/0: no pairs, or one group in both
 
 
 def minimum_cost_matching(cost):
