@@ -328,10 +328,10 @@ class Decoder(nn.Module):
         """
         k, _ = conv.kernel_size
         taps = torch.einsum("md,cdt->mct", slots, conv.weight.flatten(2))   # [M, C, k * k]
-        ones = slots.new_ones(1, 1, *self.grid_size)
+        position = self.pos(slots.new_zeros(1, 1, 1, 1))                # [1, D, h, w]
+        ones = torch.ones_like(position[:, :1])                         # [1, 1, h, w]
         inside = F.unfold(ones, k, padding=k // 2)[0]                   # [k * k, h * w], 0 or 1
         x = (taps @ inside).unflatten(2, self.grid_size)                # [M, C, h, w]
-        position = self.pos(slots.new_zeros(1, 1, 1, 1))                # [1, D, h, w]
         return x + conv(position)                                       # conv is linear
 
 
@@ -467,8 +467,8 @@ def minimum_cost_matching(cost):
 @functools.lru_cache(maxsize=64)  # copying the tables to a GPU anew would stall each step
 def subsets_of(m, size, device):
     """Returns the L subsets of range(m) of a size, as numbers [L] and as lists [L, size]."""
-    members = torch.tensor(list(combinations(range(m), size)))
-    return (1 << members).sum(dim=1).to(device), members.to(device)
+    members = torch.tensor(list(combinations(range(m), size)), device=device)
+    return (1 << members).sum(dim=1), members
 
 
 def hungarian_huber_loss(pred, target):
