@@ -1261,7 +1261,7 @@ def kill_anywhere(count):
     torch.set_num_threads(1)  # a copy of this process has no other
     torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # what each copy would import, for seconds
     visualize.Figure().savefig("imports.png")
-    visualize.draw_runs = lambda args: visualize.Figure((1, 1))
+    visualize.draw_runs = lambda args: visualize.Figure()
     rng = random.Random(0)
     flags = f"{TINY} --steps 12 --eval-every 2 --train-count 24"
     start = time.perf_counter()
