@@ -170,9 +170,9 @@ def draw_objects(batch, output):
 
     Numbers stand where the slots see their objects, rings where the true ones are.
     """
-    rows = []
-    for image, attn in zip(batch["image"], output.attn[:, -1]):
-        rows.append(("", [("image", to_rgb(image), "black"), *attention_cells(image, attn)]))
+    rows = [
+        ("", [("image", to_rgb(image), "black"), *attention_cells(image, attn)])
+        for image, attn in zip(batch["image"], output.attn[:, -1])]
     figure = draw(rows, 2.6)
     axes = np.reshape(figure.axes, (len(rows), -1))                     # [B, 2 + K]
     size = batch["image"].shape[-1]
