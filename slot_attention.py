@@ -167,7 +167,7 @@ class SlotAttentionAutoEncoder(nn.Module):
         super().__init__()
         self.encoder = Encoder(resolution, encoder_channels, encoder_strides, encoder_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size,
-                                            inputs_dim=encoder_dim, implicit=implicit,
+                                            encoder_dim, implicit=implicit,
                                             learned_queries=learned_queries)
         self.decoder = Decoder(resolution, slot_dim, decoder_channels, decoder_strides,
                                decoder_kernel, pixel_shuffle)
@@ -216,7 +216,7 @@ class SlotAttentionClassifier(nn.Module):
         super().__init__()
         self.encoder = Encoder(resolution, encoder_channels, encoder_strides, encoder_dim)
         self.slot_attention = SlotAttention(num_slots, slot_dim, num_iterations, mlp_hidden_size,
-                                            inputs_dim=encoder_dim, implicit=implicit,
+                                            encoder_dim, implicit=implicit,
                                             learned_queries=learned_queries)
         self.mlp_classifier = nn.Sequential(
             nn.Linear(slot_dim, slot_dim),
