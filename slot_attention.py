@@ -188,8 +188,8 @@ class SlotAttentionAutoEncoder(nn.Module):
         recons, alpha = decoded.split([3, 1], dim=2)
         masks = alpha.softmax(dim=1)                                    # over the slots
         recon_combined = (recons * masks).sum(dim=1)                    # [B, 3, H, W]
-        attn = attn.unflatten(-1, self.encoder.grid_size)               # [B, T, K, h, w]
-        return AutoEncoderOutput(recon_combined, recons, masks, slots, attn)
+        return AutoEncoderOutput(recon_combined, recons, masks, slots,
+                                 attn.unflatten(-1, self.encoder.grid_size))
 
 
 class SlotAttentionClassifier(nn.Module):
@@ -581,8 +581,7 @@ def load_official_weights(model, variables):
     """
     layers = dict(model.named_modules())
     weights = {}
-    for key, value in variables.items():
-        name = key
+    for name, value in variables.items():
         for pattern, replacement in OFFICIAL_NAMES:
             name = re.sub(pattern, replacement, name)
         if "." not in name or "optimizer" in name:  # the step, Adam's averages
