@@ -353,15 +353,11 @@ def print_evaluation(config, checkpoint):
 
 
 def load_scenes(config, split):
-    """Returns a split of the run's dataset. Raises InputError if it does not fit the config."""
+    """Returns a split of the run's dataset. Raises InputError if it is smaller than a batch."""
     scenes = visualize.load_split(vars(config), split)
     if split == "train" and len(scenes) < config.batch_size:
         raise InputError(f"{len(scenes)} scenes for training are fewer than --batch-size "
                          f"{config.batch_size}: add some, or choose a smaller one")
-    height, width = scenes.arrays["image"].shape[1:3]
-    if not height == width == config.resolution:
-        raise InputError(f"{config.data} has images of {height} x {width} pixels, not of "
-                         f"--resolution {config.resolution}")
     return scenes
 
 
