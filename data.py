@@ -525,12 +525,12 @@ def protobuf(buffer):
 
 def varint(buffer):
     """Returns protobuf's variable-length number at the start of a buffer, and the rest of it."""
-    number = 0
-    for i in range(10):
-        number |= (buffer[i] & 127) << 7 * i
-        if buffer[i] < 128:
-            return number, buffer[i + 1:]
-    raise ValueError("a number has no end")
+    first = buffer[0]
+    rest = buffer[1:]
+    if first < 128:
+        return first, rest
+    number, rest = varint(rest)
+    return number << 7 | first & 127, rest
 
 
 def checked(buffer, checksum):
