@@ -407,7 +407,7 @@ def read_records(path, limit):
         file = gzip.open(raw) if compressed else raw
         count = 0
         while count != limit and (header := file.read(12)):
-            length = int.from_bytes(checked(header[:8], header[8:]), "little")
+            length = int.from_bytes(checked(header), "little")
             record = file.read(length + 4)[:-4]
             if len(record) != length:
                 raise EOFError("a record ends too early")
@@ -478,7 +478,7 @@ def read_tf_checkpoint(prefix):
                     continue
                 shape = [message(dim).get(1, 0) for _, dim in protobuf(entry[2])]
                 offset = entry.get(4, 0)
-                array = checked(data[offset:offset + entry[5]], entry[6])
+                array = checked(data[offset:offset + entry[5]] + entry[6])
                 arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
     return arrays
 
@@ -487,8 +487,7 @@ def table_block(table, place):
     """Yields the (key, value) pairs of one block of a LevelDB table, at an (offset, size)."""
     offset, place = varint(place)
     size, _ = varint(place)
-    end = offset + size + 1
-    block = checked(table[offset:end], table[end:end + 4])
+    block = checked(table[offset:offset + size + 5])
     restarts = int.from_bytes(block[-5:-1], "little")
     block = block[:-5 - 4 * restarts]
     key = b""
@@ -533,16 +532,20 @@ def varint(buffer):
     return number << 7 | first & 127, rest
 
 
-def checked(buffer, checksum):
-    """Returns a buffer if its masked CRC-32C is right, else raises ValueError."""
+def checked(buffer):
+    """Returns bytes without the four of their masked CRC-32C at the end, if it is right.
+
+    Else raises ValueError.
+    """
+    content = buffer[:-4]
     crc = 0xFFFFFFFF
-    for byte in buffer:
+    for byte in content:
         crc = CRC_TABLE[(crc ^ byte) & 255] ^ crc >> 8
     crc ^= 0xFFFFFFFF
     masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-    if masked != int.from_bytes(checksum, "little"):
+    if masked != int.from_bytes(buffer[-4:], "little"):
         raise ValueError("a checksum is wrong")
-    return buffer
+    return content
 
 
 CRC_TABLE = range(256)
