@@ -441,17 +441,16 @@ def parse_example(record):
     scene = {}
     features = message(memoryview(record))[1]
     for _, entry in protobuf(features):
-        entry = message(entry)
-        name = bytes(entry[1]).decode()
-        feature = message(entry[2])
-        if 1 in feature:  # a BytesList of single bytes, each a message: field 1, length 1, the byte
-            field, length, byte = np.frombuffer(feature[1], np.uint8).reshape(-1, 3).T
-            if np.any((field != 10) | (length != 1)):
+        name, feature = message(entry).values()
+        (kind, values), = protobuf(feature)
+        if kind == 1:  # a BytesList: of each string the tag 0x0A, the length 0x01, the byte
+            strings = np.frombuffer(values, ">u2, u1")
+            if (strings["f0"] != 0x0A01).any():
                 raise ValueError("its byte strings are not single bytes")
-            scene[name] = byte
-        else:
-            floats = message(feature[2])[1]
-            scene[name] = np.frombuffer(floats, "<f4")
+            array = strings["f1"]
+        else:  # a FloatList
+            array = np.frombuffer(message(values)[1], "<f4")
+        scene[bytes(name).decode()] = array
     return scene
 
 
