@@ -510,12 +510,11 @@ def protobuf(buffer):
     while buffer:
         tag, buffer = varint(buffer)
         wire_type = tag & 7
-        if wire_type == 0:
-            value, buffer = varint(buffer)
-        else:
-            size, buffer = (4, buffer) if wire_type == 5 else varint(buffer)
-            if size > len(buffer):
-                raise ValueError("a message ends too early")
+        size = 4  # of wire type 5; of 2, it comes first
+        if wire_type != 5:
+            size, buffer = varint(buffer)
+        value = size  # of wire type 0, the number itself
+        if wire_type > 0:
             value = buffer[:size]
             buffer = buffer[size:]
         yield tag >> 3, value
