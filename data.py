@@ -427,8 +427,8 @@ def decode_scene(record, shape):
     shape: that of its masks as stored; the shortest axis is that of the entities.
     """
     scene = parse_example(record)
-    mask = np.moveaxis(scene["mask"].reshape(shape), np.argmin(shape), 0) != 0
-    scene["mask"] = mask.view(np.uint8)                                         # [E, H, W]
+    mask = np.moveaxis(scene["mask"].reshape(shape), np.argmin(shape), 0)
+    scene["mask"] = mask.clip(max=1)                                            # [E, H, W]
     scene["image"] = scene["image"].reshape(*mask.shape[1:], 3)
     for key, array in scene.items():
         if array.size == 3 * len(mask):  # a colour or a place of each entity
