@@ -384,7 +384,7 @@ def tfrecord_scenes(path, dataset, resolution, crop):
     return in_threads(decode, read_records(path, dataset.used))
 
 
-def read_tfrecords(path, name, limit=None):
+def read_tfrecords(path, name):
     """Yields the scenes of one of DeepMind's TFRecord files, a dict of arrays each, in their order.
 
     name: a key of FILES. image [H, W, 3] uint8; mask [E, H, W] uint8 0/1, background first; the
@@ -392,11 +392,11 @@ def read_tfrecords(path, name, limit=None):
     another one.
     """
     with reading(path):
-        for record in read_records(path, limit):
+        for record in read_records(path):
             yield decode_scene(record, FILES[name].masks)
 
 
-def read_records(path, limit):
+def read_records(path, limit=None):
     """Yields the records of a TFRecord file as bytes, the first `limit` of them.
 
     A gzip file is read to its end, where its checksum is. Of a file that is not compressed, only

@@ -379,7 +379,7 @@ def test_tfrecords_equal_tensorflow(name):
             assert_array_equal([scene[key] for scene in scenes], wanted, strict=True)
     Path("file").write_bytes(content[:-8] + bytes(8))
     with pytest.raises(data.InputError, match="file"):
-        list(data.read_tfrecords("file", name, 1))
+        list(data.read_records("file", 1))
 
 
 def test_a_real_file_is_read_trained_on_and_drawn(capsys, refused):
