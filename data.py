@@ -787,12 +787,28 @@ def generate(name, split, root, count, resolution, crop, min_objects, max_object
     return cached(cache, root, [], scenes(), count)
 
 
-# The 19 orientations of I, O, L, J, T, S and Z, rows from top to bottom.
-TETROMINOES = """
-    ####     #/#/#/#  ##/##
-    #./#./## ###/#..  ##/.#/.# ..#/###  .#/.#/## #../###  ##/#./#. ###/..#
-    ###/.#.  .#/##/.# .#./###  #./##/#. .##/##.  #./##/.# ##./.##  .#/##/#.
-""".split()
+# The 19 orientations of I, O, L, J, T, S and Z: row and column of each of their four cells.
+TETROMINOES = np.loadtxt("""
+    0 0  0 1  0 2  0 3   # I
+    0 0  1 0  2 0  3 0
+    0 0  0 1  1 0  1 1   # O
+    0 0  1 0  2 0  2 1   # L
+    0 0  0 1  0 2  1 0
+    0 0  0 1  1 1  2 1
+    0 2  1 0  1 1  1 2
+    0 1  1 1  2 0  2 1   # J
+    0 0  1 0  1 1  1 2
+    0 0  0 1  1 0  2 0
+    0 0  0 1  0 2  1 2
+    0 0  0 1  0 2  1 1   # T
+    0 1  1 0  1 1  2 1
+    0 1  1 0  1 1  1 2
+    0 0  1 0  1 1  2 0
+    0 1  0 2  1 0  1 1   # S
+    0 0  1 0  1 1  2 1
+    0 0  0 1  1 1  1 2   # Z
+    0 1  1 0  1 1  2 0
+""".splitlines(), int).reshape(19, 4, 2)
 TETROMINO_TILE = np.loadtxt("""
     191 255 255 255 223
     127 159 159 159 191
@@ -800,12 +816,6 @@ TETROMINO_TILE = np.loadtxt("""
     127 159 159 159 191
      95  63  63  63 127
 """.splitlines(), int)  # a cell's brightness, with its bevel, measured on real scenes
-TETROMINO_PICTURES = [
-    np.kron(
-        [[cell == "#" for cell in line] for line in piece.split("/")],
-        TETROMINO_TILE)
-    for piece in TETROMINOES]
-TETROMINO_SIZES = np.array([picture.shape for picture in TETROMINO_PICTURES])   # [19, 2]
 TETROMINO_COLORS = np.loadtxt("""
     1 0 0
     0 1 0
@@ -825,16 +835,14 @@ def make_tetrominoes(count, seed):
     """
     rng = np.random.default_rng(seed)
     light = np.zeros((count, 3, 35, 35), np.uint8)  # of each piece alone
+    tiles = np.lib.stride_tricks.sliding_window_view(light, (5, 5), (2, 3), writeable=True)
     todo = np.arange(count)
     while len(todo):  # all three pieces anew until none overlap: each allowed scene is as likely
-        piece = rng.choice(19, (len(todo), 3))
-        corner = rng.integers(36 - TETROMINO_SIZES[piece])                      # [t, 3, 2]
+        cells = 5 * rng.choice(TETROMINOES, (len(todo), 3))                     # [t, 3, 4, 2]
+        cells += rng.integers(31 - cells.max(2, keepdims=True))
         light[todo] = 0
-        for i, k in np.ndindex(piece.shape):
-            picture = TETROMINO_PICTURES[piece[i, k]]
-            height, width = picture.shape
-            top, left = corner[i, k]
-            light[todo[i], k, top:top + height, left:left + width] = picture
+        top, left = cells.T                                                     # [4, 3, t] each
+        tiles[todo, [[0], [1], [2]], top, left] = TETROMINO_TILE
         covered = light[todo].any(1)
         todo = todo[covered.sum((1, 2)) < 300]  # fewer than the pixels of three pieces
     color = rng.choice(TETROMINO_COLORS, (count, 3))
