@@ -846,9 +846,8 @@ def make_tetrominoes(count, seed):
         covered = light[todo].any(1)
         todo = todo[covered.sum((1, 2)) < 300]  # fewer than the pixels of three pieces
     color = rng.choice(TETROMINO_COLORS, (count, 3))
-    image = np.einsum("nkhw,nkc->nchw", light, color)  # a sum over the pieces, as none overlap
     return {
-        "image": image.transpose(0, 2, 3, 1),
+        "image": np.einsum("nkhw,nkc->nhwc", light, color, optimize=True),  # none overlap
         "label": np.einsum("nkhw,k->nhw", light > 0, np.uint8([1, 2, 3])),
         "objects": np.full(count, 3),
     }
