@@ -866,23 +866,23 @@ def make_multi_dsprites(count, seed):
     shape = rng.choice(3, size)
     scale = rng.choice(np.linspace(0.5, 1, 6), size)
     orientation = rng.choice(np.linspace(0, 2 * np.pi, 40), size)
-    row, col = rng.choice(32, (2, *size))
+    row, col = 16 + rng.choice(32, (2, *size))
     color = rng.random((*size, 3))  # real scenes have dark and pale sprites, too
     grey = rng.random((count, 1))
-    palette = np.insert(color, 0, grey, 1)                                      # [n, 6, 3]
-    palette = np.uint8((palette * 255).round())
+    palette = 255 * np.insert(color, 0, grey, 1)                                # [n, 6, 3]
+    palette = np.uint8(palette.round())
 
     # The picture is a part of the complex plane, x + 1j * y.
-    center = 16 + col + 1j * (16 + row)
+    center = col + 1j * row
     turn = np.exp(-1j * orientation) / (12 * scale)
-    pixels = np.arange(64)[:, None]
-    plane = pixels + 1j * pixels[:, None]                                       # [64, 64, 1]
+    pixels = np.arange(64)
+    plane = pixels + 1j * pixels[:, None]                                       # [64, 64]
     label = np.zeros((count, 64, 64), np.uint8)
     for i in range(count):
-        on_sprite = (plane - center[i]) * turn[i]                               # [64, 64, 5]
         for k in range(objects[i]):
-            u = on_sprite.real[..., k]
-            v = on_sprite.imag[..., k]
+            on_sprite = (plane - center[i, k]) * turn[i, k]
+            u = on_sprite.real
+            v = on_sprite.imag
             inside = [
                 np.maximum(abs(u), abs(v)) < 0.8,                               # square
                 u ** 2 + (v / 0.6) ** 2 < 1,                                    # ellipse
