@@ -949,16 +949,9 @@ def make_clevr_like(count, seed, resolution=128, min_objects=3, max_objects=10, 
         number = rng.integers(min_objects, max_objects + 1)
         factors, scene = draw_clevr_scene(rng, number)
         image, label = scene.render(window, resolution)
-        scenes.append({
-            "image": image,
-            "label": label,
-            "objects": number,
-            "target": clevr_target(factors),
-        })
-    return {
-        key: np.stack([scene[key] for scene in scenes])
-        for key in scenes[0]
-    }
+        scenes.append((image, label, number, clevr_target(factors)))
+    arrays = map(np.stack, zip(*scenes))
+    return dict(zip(("image", "label", "objects", "target"), arrays))
 
 
 def draw_clevr_scene(rng, number):
