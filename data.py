@@ -1063,9 +1063,9 @@ class ClevrScene:
         return self.camera.expand_as(direction), direction
 
     def intersect(self, origin, direction):
-        """Returns the distance along rays to each solid, and its thickness there divided by that.
+        """Returns the distances along rays at which they enter and leave each solid: [2, R, E].
 
-        [R, E] each; inf and 0 for rays that miss it.
+        Both are 1e9 for rays that miss it.
         """
         # Only the Q pairs of a ray and a solid whose bounding sphere it meets are computed: there
         # the distance to the point nearest to the center is larger than that of a tangent.
@@ -1087,12 +1087,9 @@ class ClevrScene:
         enter = one.minimum(other).amax(1)
         leave = one.maximum(other).amin(1)
         hit = (enter > 0.001) & (enter < leave)  # not the solid on whose surface the ray begins
-        before = torch.full_like(along, torch.inf)
-        before[ray, entity] = enter.where(hit, torch.inf)
-        inside = torch.zeros_like(along)
-        share = (leave - enter) / enter
-        inside[ray, entity] = share.where(hit, 0)
-        return before, inside
+        times = torch.full((2, *along.shape), 1e9)
+        times[:, ray, entity] = torch.stack([enter, leave]).where(hit, 1e9)
+        return times
 
     def shade(self, origin, direction, mirrors=True):
         """Returns what rays see: linear colour [R, 3], entity [R]. mirrors=False: no metal."""
@@ -1117,8 +1114,8 @@ class ClevrScene:
             length = dot(to_lamp, to_lamp).sqrt()
             to_lamp /= length
             # Soft shadows: lamps have a size, so where a solid is thin, they look over its edge.
-            _, inside = self.intersect(position, to_lamp)
-            shadow = 2 * inside.amax(1, keepdim=True)
+            enter, leave = self.intersect(position, to_lamp)
+            shadow = 2 * ((leave - enter) / enter).amax(1, keepdim=True)
             aim = F.normalize(lamp, dim=0)  # at the origin
             beam = power * (1 - shadow).clamp(0) * dot(to_lamp, aim).clamp(0)
             light = light + beam * dot(to_lamp, normal).clamp(0) / length ** 2
