@@ -870,7 +870,6 @@ def make_multi_dsprites(count, seed):
     color = rng.random((*size, 3))  # real scenes have dark and pale sprites, too
     grey = rng.random((count, 1))
     palette = 255 * np.insert(color, 0, grey, 1)                                # [n, 6, 3]
-    palette = np.uint8(palette.round())
 
     # The picture is a part of the complex plane, x + 1j * y.
     center = col + 1j * row
@@ -890,7 +889,7 @@ def make_multi_dsprites(count, seed):
             ]
             label[i, inside[shape[i, k]]] = k + 1  # the later over the earlier
     return {
-        "image": palette[np.arange(count)[:, None, None], label],
+        "image": np.uint8(palette.round())[np.arange(count)[:, None, None], label],
         "label": label,
         "objects": objects,
     }
@@ -1057,8 +1056,7 @@ class ClevrScene:
     def camera_rays(self, pixel):
         """Returns origins and unit directions, [R, 3] each, of the rays through pixels [R, 2]."""
         right, down, ahead = self.axes
-        offset = pixel - torch.tensor([160, 240])
-        y, x = (offset / CLEVR_FOCAL).hsplit(2)
+        y, x = ((pixel - torch.tensor([160, 240])) / CLEVR_FOCAL).hsplit(2)
         direction = F.normalize(x * right + y * down + ahead)
         return self.camera.expand_as(direction), direction
 
@@ -1071,7 +1069,7 @@ class ClevrScene:
         # the distance to the point nearest to the center is larger than that of a tangent.
         along = direction @ self.center.T - dot(origin, direction)              # [R, E]
         tangent = (torch.cdist(origin, self.center) ** 2 - self.reach).clamp(0).sqrt()
-        ray, entity = (along > tangent).nonzero(as_tuple=True)
+        ray, entity = torch.where(along > tangent)
         solid = self.solid[entity]
         position = origin[ray] - self.center[entity]
         # In the ball from when to when |p + time * d| = 1; in the box |q + time * e| = 1, by axis.
