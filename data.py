@@ -987,8 +987,7 @@ def draw_clevr_scene(rng, number):
     scene = ClevrScene(camera, lamps, **factors)
     pixel = pixel_centers(CLEVR_FRAME, 40, 60)  # a ray for 32 pixels of 240 x 320
     before, _ = scene.intersect(*scene.camera_rays(pixel))
-    before[:, 0] = 100  # the ground, behind all objects
-    seen = before.argmin(1).bincount(minlength=number + 1)
+    seen = before.argmin(1).bincount(minlength=number + 1)  # the ground, if a ray misses all
     if 32 * seen.min() < 200:
         return draw_clevr_scene(rng, number)
     return factors, scene
