@@ -473,7 +473,7 @@ def read_tf_checkpoint(prefix):
                 entry = message(value)
                 if not key or entry[1] != 1:  # the header, or not float32
                     continue
-                shape = [message(dim).get(1, 0) for _, dim in protobuf(entry[2])]
+                shape = [message(dim)[1] for _, dim in protobuf(entry[2])]
                 offset = entry.get(4, 0)
                 array = checked(data[offset:offset + entry[5]] + entry[6])
                 arrays[key] = np.frombuffer(array, "<f4").reshape(shape)
