@@ -835,6 +835,7 @@ def make_tetrominoes(count, seed):
     """
     rng = np.random.default_rng(seed)
     light = np.zeros((count, 3, 35, 35), np.uint8)  # of each piece alone
+    # The same memory as [n, 3, 31, 31, 5, 5]: the square that begins at a row and a column.
     tiles = np.lib.stride_tricks.sliding_window_view(light, (5, 5), (2, 3), writeable=True)
     todo = np.arange(count)
     while len(todo):  # all three pieces anew until none overlap: each allowed scene is as likely
