@@ -625,14 +625,13 @@ def read_cache(path):
 
 
 def in_threads(function, jobs):
-    """Yields function(job) of each job, in order, from as many threads as torch would use.
+    """Yields function(job) of each job, in order, from a thread for each core.
 
     At most two jobs a thread are waiting, so memory stays small.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # in each job
-    workers = os.cpu_count() if "RANK" in os.environ else threads  # torchrun sets threads to 1
-    workers = min(workers, 16)  # of more, most would wait for Python's lock
+    workers = min(os.cpu_count(), 16)  # of more, most would wait for Python's lock
     results = []
     try:
         with ThreadPoolExecutor(workers) as pool:
