@@ -60,15 +60,15 @@ class Scenes:
     def __len__(self):
         return len(self.index)
 
-    def batch(self, index, device="cpu", keys=None):
+    def batch(self, index, device="cpu", keys=("image", "label", "target")):
         """Returns the scenes `index` [B] of the split as a dict of tensors on a device, by key.
 
         image [B, 3, H, W] float32 in [-1, 1]; label [B, H, W] uint8 and target [B, 10, 19] where
-        the dataset has them. keys: which of these; all if not given.
+        the dataset has them.
         """
         index = self.index[np.asarray(index)]
         batch = {key: to_device(torch.as_tensor(array[index]), device)
-                 for key in keys or self.arrays if (array := self.arrays[key]) is not None}
+                 for key, array in self.arrays.items() if key in keys and array is not None}
         batch["image"] = batch["image"].movedim(3, 1).float().mul_(2 / 255).sub_(1)
         return batch
 
@@ -556,12 +556,12 @@ CACHE_VERSION = 5  # change it whenever any dataset is decoded or generated in a
 def cached(name, root, sources, scenes, total):
     """Returns all scenes from the cache; builds it if need be.
 
-    So it returns the numbers of objects [n], and {key: array [n, ...]}, mapped from the file.
+    They are the numbers of objects [n], and {key: array [n, ...]}, mapped from the file. It lies in
+    root/cache, or, if nothing can be written there, in data/cache. Of several processes, one builds
+    it and the others wait.
+    sources: the files that the scenes come from: when one of them changes, there is another cache.
     scenes: an iterator of dicts {"image": [H, W, 3], "objects": their number, ...}, each written
-    as it comes; the iterator is left alone if the cache is there. total: how many scenes are
-    expected. sources: the files that the scenes come from: when one of them changes, there is
-    another cache. It lies in root/cache, or, if nothing can be written there, in data/cache. Of
-    several processes, one builds it and the others wait.
+        as it comes; the iterator is left alone if the cache is there. total: how many are expected.
     """
     sources = sorted(sources)
     missing = [str(path) for path in sources if not path.exists()]
