@@ -443,11 +443,8 @@ def parse_example(record):
     for _, entry in protobuf(features):
         name, feature = message(entry).values()
         (kind, values), = protobuf(feature)
-        if kind == 1:  # a BytesList: of each string the tag 0x0A, the length 0x01, the byte
-            strings = np.frombuffer(values, ">u2, u1")
-            if (strings["f0"] != 0x0A01).any():
-                raise ValueError("its byte strings are not single bytes")
-            array = strings["f1"]
+        if kind == 1:  # a BytesList of single bytes: of each the tag, the length 1, the byte
+            array = np.frombuffer(values, np.uint8).reshape(-1, 3)[:, 2]
         else:  # a FloatList
             array = np.frombuffer(message(values)[1], "<f4")
         scene[bytes(name).decode()] = array

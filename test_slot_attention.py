@@ -258,8 +258,8 @@ def test_slot_attention_is_algorithm_1():
 def test_slots_and_iterations_change_at_test_time(model_class, device):
     """And under autocast, attention and positions stay in float32."""
     with torch.device(device), torch.autocast("cpu", torch.bfloat16):
-        model = model_class((8, 12), 4)
-        output = model(torch.zeros(2, 3, 8, 12), num_slots=6, num_iterations=5)
+        model = model_class((15, 12), 4)
+        output = model(torch.zeros(2, 3, 15, 12), num_slots=6, num_iterations=5)
         position = model.encoder.pos(torch.zeros(1).bfloat16())
     assert output.attn.shape[:3] == (2, 5, 6)
     assert output.attn.dtype == position.dtype == torch.float32
@@ -1156,8 +1156,9 @@ def weights_from_anybody(key, **values):
     torch.save(weights, "theirs.pt")
 
 
-def test_a_misspelt_argument_is_an_error():
+def test_a_misspelt_argument_is_an_error(refused):
     weights_from_anybody("arguments", num_slot=4)
+    assert "num_slot" in refused("--eval theirs.pt")
     with pytest.raises(TypeError, match="num_slot"):
         visualize.main(["theirs.pt"])
 
