@@ -1061,8 +1061,9 @@ class ClevrScene:
 
         Both are 1e9 for rays that miss it.
         """
-        # Only the Q pairs of a ray and a solid whose bounding sphere it meets are computed: there
-        # the distance to the point nearest to the center is larger than that of a tangent.
+        # Only the Q pairs of a ray and a solid that it may hit are computed. It meets the bounding
+        # sphere if along ** 2 > |origin - center| ** 2 - reach; one that begins in the sphere and
+        # leads away from the center counts as a miss.
         along = direction @ self.center.T - dot(origin, direction)              # [R, E]
         tangent = (torch.cdist(origin, self.center) ** 2 - self.reach).clamp(0).sqrt()
         ray, entity = torch.where(along > tangent)

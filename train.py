@@ -9,8 +9,8 @@
                                                 the same training on N GPUs, or in N processes
 
 A run is a folder: checkpoint.pt, log.jsonl (one JSON object a line) and figure.png. The flags below
-change a recipe's values. In brackets are those of --data clevr, the CLEVR6 recipe; RECIPES below
-has the others, and a run begins by printing where its own differ.
+change a recipe's values. In brackets are those of --data clevr, the CLEVR6 recipe; RECIPES in
+train.py has the others, and a run begins by printing where its own differ.
 """
 
 import argparse
@@ -97,7 +97,7 @@ class Config:
     # Not in the paper, and off in its recipes
     implicit: bool = False  # one-step gradient, only through the last iteration: less memory
     learned_queries: bool = False  # a learned mean for each slot's initial state
-    train_iterations: int = 0  # T in training, if other than num_iterations
+    train_iterations: int = 0  # T in training; 0: num_iterations
     query_scale: float = 1.0  # factor of project_q's initial weights: try 3 if slots become stripes
     decoder_kernel: Literal[3, 5] = 5  # size of the decoder's kernels
     pixel_shuffle: int = 1  # upscaling factor of the decoder's last layer; see Decoder
@@ -202,7 +202,7 @@ def train(config, out, checkpoint=None):
                 if config.slot_loss:  # not in the paper
                     loss = add_slot_loss(loss, output, batch["image"], config.slot_loss,
                                          step / config.steps)
-            loss = loss / (config.accumulate * WORLD_SIZE)
+            loss = loss / (config.accumulate * WORLD_SIZE)  # so that sums of these are means
             loss.backward()
             total += loss.detach()  # read only when it is logged: reading waits for the GPU
         for parameter in model.parameters():
@@ -245,14 +245,15 @@ def train(config, out, checkpoint=None):
 def micro_batches(step, config, scenes):
     """Yields this process's micro-batches of a step, with the slots' initial noise [B, K, D].
 
-    For the same scenes, order and noise depend on seed and step alone. So a resumed run goes on as
+    For the same scenes and batch size, order and noise depend on seed and step alone. So a resumed run goes on as
     if it had never stopped, and any number of processes and micro-batches trains as one does.
     """
     epoch, position = divmod(step, len(scenes) // config.batch_size)  # only whole batches
     indices = epoch_batches(config.seed, epoch, len(scenes), config.batch_size)[position]
     noises = torch.randn(config.batch_size, config.num_slots, config.slot_dim,
                          generator=seeded(config.seed, step))
-    for rows in torch.arange(config.batch_size).view(WORLD_SIZE, config.accumulate, -1)[RANK]:
+    parts = torch.arange(config.batch_size).view(WORLD_SIZE, config.accumulate, -1)
+    for rows in parts[RANK]:
         batch = scenes.batch(indices[rows], config.device, ("image", "target"))
         batch["noise"] = data.to_device(noises[rows], config.device)
         yield batch
@@ -516,11 +517,12 @@ SIGNALS = [number for number in signal.Signals  # Windows has no SIGHUP, and noh
 def add_slot_loss(mse, output, image, weight, progress):
     """Returns the loss that encourages each pixel, and each object, to be in one slot.
 
-    With masks m, the slots' pictures r, the image x, and progress p, from 0 to 1 in a training:
+    With masks m, the slots' pictures r, the image x, weight w, and progress p, from 0 to 1 in a
+    training:
 
         own = mean(sum_k m_k (r_k - x)^2)     each slot has to match the image where its mask is
         spread = sum_k sqrt(mean(m_k))        is least when few slots cover the image
-        loss = (1 - p weight) mse + p weight own + 0.007 weight p^4 spread
+        loss = (1 - p w) mse + p w own + 0.007 w p^4 spread
 
     The numbers were chosen by trials.
     """
@@ -659,7 +661,7 @@ def check(config):
     """Raises InputError if a value of the config is out of range."""
     for key, value in vars(config).items():
         default = getattr(Config, key)
-        if not (isinstance(value, str) or value == default or np.min(value) > 0):
+        if not (isinstance(value, (str, bool)) or value == default or np.min(value) > 0):
             wanted = "more than 0" if default else "0 or more"
             raise InputError(f"--{key.replace('_', '-')} must be {wanted}")
     if config.device not in DEVICES:

@@ -195,7 +195,7 @@ def draw_objects(batch, output):
 
 def place(objects, size):
     """Returns where CLEVR's mean camera sees objects [..., 19]: columns, rows of size x size."""
-    pixel = data.project(6 * objects[..., :3].numpy() - 3)              # of 480 x 320
+    pixel = data.project(6 * objects[..., :3].numpy(force=True) - 3)              # of 480 x 320
     return (pixel / (480, 320) * size - 0.5).T
 
 
