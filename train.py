@@ -245,8 +245,9 @@ def train(config, out, checkpoint=None):
 def micro_batches(step, config, scenes):
     """Yields this process's micro-batches of a step, with the slots' initial noise [B, K, D].
 
-    For the same scenes and batch size, order and noise depend on seed and step alone. So a resumed run goes on as
-    if it had never stopped, and any number of processes and micro-batches trains as one does.
+    For the same scenes and batch size, order and noise depend on seed and step alone. So a resumed
+    run goes on as if it had never stopped, and any number of processes and micro-batches trains as
+    one does.
     """
     epoch, position = divmod(step, len(scenes) // config.batch_size)  # only whole batches
     indices = epoch_batches(config.seed, epoch, len(scenes), config.batch_size)[position]
