@@ -202,8 +202,8 @@ def folder_arrays(folder, root, resolution, masks):
                 (files if path.suffix.lower() in PICTURES else others).append(path)
     if not files:
         raise InputError(f"{folder} is not a folder with pictures ({' '.join(PICTURES)}; those in "
-                         "--masks are left out), and none of the datasets "
-                         f"({', '.join([*FILES, *DATASETS])})")
+                         "--masks are left out; call it from the folder where the run began), and "
+                         f"none of the datasets ({', '.join([*FILES, *DATASETS])})")
     if others:
         say(f"{len(others)} other files left out: {', '.join(path.name for path in others[:5])}")
 

@@ -169,8 +169,9 @@ def train(config, out, checkpoint=None):
     seconds = 0.0
     if checkpoint:
         if checkpoint["source"] != train_set.source:
-            raise InputError(f"{out} is trained on {checkpoint['source']}, not on "
-                             f"{train_set.source}: restore that, or choose its --data-root")
+            raise InputError(f"{out} was trained on {checkpoint['source']}, and now there is "
+                             f"{train_set.source} (in brackets: scenes). Restore that, or "
+                             "its --data-root, or train anew with --out")
         load_weights(model, checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
@@ -339,6 +340,8 @@ def foreground_ari(label, masks):
 def print_evaluation(config, checkpoint):
     """Prints the metrics after 1, 2, 3 ... iterations (generalisation, section 4.1)."""
     autocast = set_up(config)
+    if RANK > 0:
+        return
     scenes = load_scenes(config, "eval")
     # Whatever --num-slots says, the model has as many learned means as in training.
     model = build_model(replace(config, num_slots=checkpoint["arguments"]["num_slots"]))
@@ -453,8 +456,9 @@ def check_finite(content):
     """Raises InputError if a float, or a tensor, in dicts and lists has NaN or infinite values."""
     for value in tree_leaves(content):
         if isinstance(value, (float, torch.Tensor)) and not torch.as_tensor(value).isfinite().all():
-            raise InputError(f"NaN or infinite values by step {content['step']}: not saved. To go "
-                             "on from before: --resume with a smaller --lr, or with --clip 1")
+            raise InputError(f"NaN or infinite values by step {content['step']}: not saved. "
+                             "Resume from the last save, or start again, with a smaller --lr, or "
+                             "with --clip 1")
 
 
 def open_log(out, step):
@@ -666,8 +670,9 @@ def check(config):
             wanted = "more than 0" if default else "0 or more"
             raise InputError(f"--{key.replace('_', '-')} must be {wanted}")
     if config.device not in DEVICES:
-        raise InputError(f"there is no {config.device} here (a CPU build of PyTorch, an old "
-                         f"driver, a container without GPUs?): --device must be one of {DEVICES}")
+        raise InputError(f"--device must be one of {DEVICES} here (no cuda: a CPU build of "
+                         "PyTorch, an old driver, or a container without GPUs?). Of several GPUs, "
+                         "choose one by CUDA_VISIBLE_DEVICES")
     if config.batch_size % (WORLD_SIZE * config.accumulate):
         raise InputError("--batch-size must be a multiple of --accumulate times the number of "
                          f"processes ({WORLD_SIZE})")
