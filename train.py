@@ -169,9 +169,9 @@ def train(config, out, checkpoint=None):
     seconds = 0.0
     if checkpoint:
         if checkpoint["source"] != train_set.source:
-            raise InputError(f"{out} was trained on {checkpoint['source']}, and now there is "
-                             f"{train_set.source} (in brackets: scenes). Restore that, or "
-                             "its --data-root, or train anew with --out")
+            raise InputError(f"{out} was trained on {checkpoint['source']} (in brackets: scenes); "
+                             f"--data and --data-root now give {train_set.source}. Restore the "
+                             "old ones, or train anew with --out")
         load_weights(model, checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
