@@ -462,6 +462,8 @@ def read_tf_checkpoint(prefix):
     with reading(path):
         index = path.read_bytes()
         data = Path(f"{prefix}.data-00000-of-00001").read_bytes()
+        if not index.endswith(b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"):
+            raise ValueError("it does not end as a table does")
         footer = index[-48:]
         for _ in range(2):  # the place of the metaindex, an offset and a size: nobody needs it
             _, footer = varint(footer)
