@@ -861,7 +861,7 @@ def stop_by_signals():
 
     def evaluate(*args):
         Path("evaluating").touch()
-        time.sleep(60)
+        time.sleep(600)
 
     train.evaluate = evaluate
     child = fork(f"{TINY} --eval-every 1 --out long")
