@@ -266,7 +266,7 @@ def square(picture, resolution):
 def read_mask(path, size):
     """Returns the central square of a mask, [h, h] uint8. size: its picture's (W, H)."""
     with reading(path), open_picture(path) as mask:
-        if mask.format != "PNG" or mask.mode not in "1LP":
+        if mask.format != "PNG" or mask.mode not in ("1", "L", "P"):
             raise InputError(f"{path}: a mask is a grey or palette PNG of at most 8 bits, not a "
                              f"{mask.format} of mode {mask.mode}")
         if mask.size != size:
@@ -507,11 +507,12 @@ def protobuf(buffer):
     while buffer:
         tag, buffer = varint(buffer)
         wire_type = tag & 7
-        size = 4  # of wire type 5; of 2, it comes first
-        if wire_type != 5:
-            size, buffer = varint(buffer)
-        value = size  # of wire type 0, the number itself
-        if wire_type > 0:
+        if wire_type == 0:
+            value, buffer = varint(buffer)
+        else:
+            size = 4
+            if wire_type != 5:
+                size, buffer = varint(buffer)
             value = buffer[:size]
             buffer = buffer[size:]
         yield tag >> 3, value
@@ -986,7 +987,8 @@ def draw_clevr_scene(rng, number):
     scene = ClevrScene(camera, lamps, **factors)
     pixel = pixel_centers(CLEVR_FRAME, 40, 60)  # a ray for 32 pixels of 240 x 320
     before, _ = scene.intersect(*scene.camera_rays(pixel))
-    seen = before.argmin(1).bincount(minlength=number + 1)  # the ground, if a ray misses all
+    # Where a ray misses all, all are equal, and argmin gives the first, the ground.
+    seen = before.argmin(1).bincount(minlength=number + 1)
     if 32 * seen.min() < 200:
         return draw_clevr_scene(rng, number)
     return factors, scene

@@ -887,7 +887,8 @@ def test_two_processes_train_as_one_and_resume_as_one():
     with started(*command.split()) as process:
         wait_for(Path("many/log.jsonl"), 11)
         # SIGTERM to the second process alone, or, where there is no pkill, to torchrun.
-        os.system(f"pkill -n -P {process.pid}") and process.terminate()
+        if os.system(f"pkill -n -P {process.pid}"):
+            process.terminate()
         _, errors = process.communicate(timeout=100)
     assert errors.count("stopped and saved") == errors.count("16 scenes of") == 1
     steps = visualize.read_run("many")["step"] + 3

@@ -43,7 +43,7 @@ from slot_attention import (MODELS, WeightsError, adjusted_rand_index, average_p
 
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-SAVE_EVERY = 600  # seconds: at the log's first line, and the first after each multiple
+SAVE_EVERY = 600  # seconds of training between saves
 
 # --- The recipes --------------------------------------------------------------------------------
 
@@ -232,7 +232,9 @@ def train(config, out, checkpoint=None):
                 torch.cuda.reset_peak_memory_stats()  # else cuDNN's first trials would stay in it
             if at_eval:
                 row |= evaluate(model, config, eval_set, autocast)
-            saving = at_eval or stopping or seconds % SAVE_EVERY <= duration
+            # Since the last line of the log, training began, or passed a multiple of SAVE_EVERY.
+            save_is_due = seconds % SAVE_EVERY <= duration
+            saving = at_eval or stopping or save_is_due
             write_row(log, row, config, renew=not saving)
             if saving:
                 save(out, config, model, optimizers, step, seconds, train_set.source)
@@ -254,8 +256,9 @@ def micro_batches(step, config, scenes):
     indices = epoch_batches(config.seed, epoch, len(scenes), config.batch_size)[position]
     noises = torch.randn(config.batch_size, config.num_slots, config.slot_dim,
                          generator=seeded(config.seed, step))
-    parts = torch.arange(config.batch_size).view(WORLD_SIZE, config.accumulate, -1)
-    for rows in parts[RANK]:
+    # [processes, micro-batches, rows]: which rows of the batch each process takes, and when.
+    positions = torch.arange(config.batch_size).view(WORLD_SIZE, config.accumulate, -1)
+    for rows in positions[RANK]:
         batch = scenes.batch(indices[rows], config.device, ("image", "target"))
         batch["noise"] = data.to_device(noises[rows], config.device)
         yield batch

@@ -116,7 +116,8 @@ def slot_cells(head, weights, pictures, background):
     """
     weights = F.interpolate(weights[:, None], background.shape[:2], mode="nearest-exact")
     weights = weights.movedim(1, 3).numpy(force=True)                   # [K, H, W, 1]
-    yield head, background * sum(map(np.multiply, weights, COLORS)), "black"
+    colored = sum(weight * color for weight, color in zip(weights, COLORS))
+    yield head, background * colored, "black"
     for k, (weight, picture) in enumerate(zip(weights, pictures)):
         yield f"slot {k + 1}", background + weight * (picture - background), COLORS[k]
 
